@@ -1,0 +1,1 @@
+"""Measuring: every function returns a tidy frame. Imports gnetlab.net, never matplotlib."""

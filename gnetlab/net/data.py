@@ -1,0 +1,403 @@
+"""Images and data sets that work offline, and the preprocessing of all of them.
+
+`photographs()`   16 photographs and textures out of scikit-image's wheel
+`open_image()`    a photograph by name, or the reader's own file
+`preprocess()`    RGB uint8 -> normalized 1 x 3 x size x size
+`load()`          a labelled data set by name: "photocrops", "fashion-mnist", "folder:PATH"
+`PhotoCrops`      classification set made of the photographs: which one is this crop from?
+`FashionMNIST`, `ImageFolder`
+
+Every data set has `classes`, `in_channels`, `size`, `train_batch(step, batch_size, seed)` and
+`test_batches(batch_size)`. A training batch depends on nothing but these three arguments, so that
+an interrupted training goes on exactly where it stopped. Images are float32, normalized with
+ImageNet's mean and deviation (grey ones with the data set's own).
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB in [0, 1]
+FASHION_MNIST_FOLDERS = (
+    "/usr/share/datasets/fashion-mnist",  # Debian's package dataset-fashion-mnist
+    "~/.cache/gnetlab/FashionMNIST/raw",
+)
+
+# name: (function of skimage.data, what it shows)
+_PHOTOGRAPHS = {
+    "astronaut": ("astronaut", "portrait of Eileen Collins, NASA"),
+    "brick": ("brick", "brick wall, CC0 Textures"),
+    "camera": ("camera", "cameraman, Lav Varshney, CC0"),
+    "cat": ("chelsea", "Chelsea the cat, Stéfan van der Walt, CC0"),
+    "cell": ("cell", "cell under a microscope, Dorothea Schnieder and others, CC0"),
+    "coffee": ("coffee", "cup of coffee, Rachel Michetti, CC0"),
+    "coins": ("coins", "Greek coins from Pompeii, Brooklyn Museum"),
+    "grass": ("grass", "grass, Dylan Kahn, CC0"),
+    "gravel": ("gravel", "gravel, CC0 Textures"),
+    "hubble": ("hubble_deep_field", "eXtreme Deep Field, NASA and ESA"),
+    "moon": ("moon", "surface of the moon, NASA"),
+    "motorcycle": ("stereo_motorcycle", "motorcycle, Middlebury stereo benchmark, CC0"),
+    "page": ("page", "scanned page of a book"),
+    "retina": ("retina", "fundus of the eye, Häggström, CC0"),
+    "rocket": ("rocket", "launch of Falcon 9, SpaceX, CC0"),
+    "tissue": ("immunohistochemistry", "stained colon tissue, Johns Hopkins"),
+}
+
+
+class Photograph(NamedTuple):
+    """An image with its name and origin; `pixels` is H x W x 3 uint8 RGB."""
+
+    name: str
+    pixels: np.ndarray
+    source: str
+
+
+@functools.cache
+def _photograph(name: str) -> Photograph:
+    import skimage.data
+
+    function, source = _PHOTOGRAPHS[name]
+    pixels = getattr(skimage.data, function)()
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+    pixels = np.ascontiguousarray(pixels[:, :, :3])
+    pixels.flags.writeable = False  # shared by all callers
+    return Photograph(name, pixels, f"{source} (scikit-image)")
+
+
+def photographs() -> dict[str, Photograph]:
+    """The 16 photographs by name, in alphabetical order; no download.
+
+    >>> photographs()["cat"].pixels.shape
+    (300, 451, 3)
+    """
+    return {name: _photograph(name) for name in _PHOTOGRAPHS}
+
+
+def open_image(image: str | Path) -> Photograph:
+    """A photograph by name, or an image file by path, as RGB.
+
+    Raises FileNotFoundError for what is neither and ValueError for an unreadable file.
+    """
+    if str(image) in _PHOTOGRAPHS:
+        return _photograph(str(image))
+    path = Path(image).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"image {str(image)!r}: no such file, nor one of the photographs "
+            f"({', '.join(_PHOTOGRAPHS)})"
+        )
+    try:
+        with Image.open(path) as opened:
+            pixels = np.asarray(opened.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise ValueError(
+            f"image {path} cannot be read ({error}); give a PNG, JPEG, WebP or TIFF file"
+        ) from error
+    return Photograph(path.stem, pixels, path.name)
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """N x 3 x H x W uint8 or float in 0..255 -> float32 with ImageNet's mean and deviation."""
+    mean = torch.tensor(MEAN, device=pixels.device).view(1, 3, 1, 1)
+    deviation = torch.tensor(DEVIATION, device=pixels.device).view(1, 3, 1, 1)
+    return (pixels.float() / 255 - mean) / deviation
+
+
+def crop(pixels: np.ndarray, size: int = 224) -> np.ndarray:
+    """The central square, size x size x 3 uint8: short side resized to 256/224 of it, antialiased.
+
+    What `preprocess` shows the network, to be drawn beside its maps.
+    """
+    height, width = pixels.shape[:2]
+    scale = round(size * 256 / 224) / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+    image = F.interpolate(image, shape, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    square = image[0, :, top : top + size, left : left + size]
+    return square.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def preprocess(pixels: np.ndarray, size: int = 224) -> Tensor:
+    """H x W x 3 uint8 RGB -> 1 x 3 x size x size, normalized: resize, centre crop."""
+    return normalize(torch.from_numpy(crop(pixels, size)).permute(2, 0, 1)[None])
+
+
+def load(
+    name: str, *, size: int | None = None, device: torch.device | str = "cpu"
+) -> PhotoCrops | _Indexed:
+    """A labelled data set: "photocrops", "fashion-mnist" or "folder:PATH".
+
+    `size` is the side of the images in pixels (None: 32). Raises ValueError for an unknown name
+    and FileNotFoundError for missing data; both say what there is and how to get it.
+    """
+    if name == "photocrops":
+        return PhotoCrops(size=size or 32, device=device)
+    if name == "fashion-mnist":
+        return FashionMNIST(size=size or 32, device=device)
+    if name.startswith("folder:"):
+        return ImageFolder(name.removeprefix("folder:"), size=size or 32, device=device)
+    raise ValueError(
+        f"unknown data set {name!r}. Known: 'photocrops' (always there), 'fashion-mnist' (Debian: "
+        "apt install dataset-fashion-mnist; else fetched), 'folder:PATH' (PATH/train/CLASS/*.jpg "
+        "and PATH/test/CLASS/*.jpg)"
+    )
+
+
+class PhotoCrops:
+    """Which photograph is this crop from? 16 classes, 3 channels, always available.
+
+    Training and test crops come from disjoint regions (the first 70% and the last 30% of a
+    photograph's longer side), with a side of 48 to 160 px of the photograph (at most 512 px
+    tall or wide, larger ones are reduced first), half of them mirrored, resized to size x size.
+
+    All crops of a batch are cut by one `grid_sample` on the device, out of an atlas that holds
+    every photograph at full, half and quarter resolution: a crop reads from the level nearest to
+    its own reduction, which keeps aliasing low.
+    """
+
+    TRAIN_SHARE = 0.7
+    LARGEST = 512
+
+    def __init__(
+        self,
+        *,
+        size: int = 32,
+        scale: tuple[int, int] = (48, 160),
+        test_size: int = 1024,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.classes = tuple(_PHOTOGRAPHS)
+        self.in_channels, self.size, self.scale, self.test_size = 3, size, scale, test_size
+        self.device = torch.device(device)
+        self._atlas, self._places = _atlas(self.LARGEST)
+        self._atlas = self._atlas.to(self.device)
+
+    def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
+        return self._crops("train", batch_size, seed * 1_000_003 + step)
+
+    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """The fixed test set of `test_size` crops, in batches."""
+        for i, start in enumerate(range(0, self.test_size, batch_size)):
+            yield self._crops("test", min(batch_size, self.test_size - start), 10**9 + 7 + i)
+
+    def regions(self, split: str, photograph: int) -> tuple[float, float, float, float]:
+        """Top, left, height, width in pixels of what `split` may see of a photograph."""
+        _, height, width = self._places[photograph][0]
+        long, short = max(height, width), min(height, width)
+        cut = round(long * self.TRAIN_SHARE)
+        start, extent = (0, cut) if split == "train" else (cut, long - cut)
+        return (start, 0, extent, short) if height >= width else (0, start, short, extent)
+
+    def _crops(self, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        # Drawn on the CPU, so that every device sees the same crops.
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(self.classes), (count,), generator=generator)
+        random = torch.rand(4, count, generator=generator)
+        regions = torch.tensor([self.regions(split, i) for i in range(len(self.classes))])
+        top, left, height, width = regions[labels].unbind(1)
+        low, high = self.scale
+        side = (low + random[0] * (high - low)).minimum(torch.minimum(height, width))
+        top, left = top + random[1] * (height - side), left + random[2] * (width - side)
+        level = (side / self.size).log2().round().clamp(0, 2).long()
+        origin = torch.tensor([[at for at, _, _ in levels] for levels in self._places])
+        origin = origin[labels, level].float()
+        reduction = 2.0**level
+
+        steps = (torch.arange(self.size) + 0.5) / self.size
+        rows = (top[:, None] + side[:, None] * steps) / reduction[:, None] + origin[:, None]
+        columns = (left[:, None] + side[:, None] * steps) / reduction[:, None]
+        columns = torch.where(random[3][:, None] < 0.5, columns, columns.flip(1))
+        atlas_height, atlas_width = self._atlas.shape[2:]
+        shape = (count, self.size, self.size)
+        grid = torch.stack(
+            [
+                (columns * (2 / atlas_width) - 1)[:, None, :].expand(shape),
+                (rows * (2 / atlas_height) - 1)[:, :, None].expand(shape),
+            ],
+            dim=-1,
+        ).view(1, count * self.size, self.size, 2)
+        pixels = F.grid_sample(self._atlas, grid.to(self.device), align_corners=False)
+        images = pixels.view(3, count, self.size, self.size).transpose(0, 1).contiguous()
+        return images, labels.to(self.device)
+
+
+@functools.cache
+def _atlas(largest: int) -> tuple[Tensor, list[list[tuple[int, int, int]]]]:
+    """All photographs at three resolutions, one above the other: 1 x 3 x H x W, normalized.
+
+    With it, for every photograph and level: the row where it starts, its height and its width.
+    """
+    images, places, row = [], [], 0
+    for photograph in photographs().values():
+        image = torch.from_numpy(photograph.pixels.copy()).permute(2, 0, 1)[None].float()
+        shrink = max(1.0, max(image.shape[2:]) / largest)
+        levels = []
+        for level in range(3):
+            shape = [max(1, round(side / shrink / 2**level)) for side in image.shape[2:]]
+            small = F.interpolate(image, shape, mode="bilinear", antialias=True)
+            levels.append((row, *shape))
+            # The last row and column once more: bilinear reading at the edge mixes nothing foreign.
+            small = F.pad(normalize(small), (0, 1, 0, 1), mode="replicate")
+            images.append(small)
+            row += small.shape[2]
+        places.append(levels)
+    width = max(image.shape[3] for image in images)
+    images = [F.pad(image, (0, width - image.shape[3])) for image in images]
+    return torch.cat(images, dim=2), places
+
+
+class _Indexed:
+    """A data set of numbered images: shuffled anew every epoch, from the seed."""
+
+    classes: tuple[str, ...]
+    in_channels: int
+    size: int
+    device: torch.device
+
+    def _count(self, split: str) -> int:
+        raise NotImplementedError
+
+    def _fetch(self, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Images (batch_size x C x size x size) and labels (batch_size) on the device."""
+        count = self._count("train")
+        per_epoch = max(1, count // batch_size)
+        epoch, position = divmod(step, per_epoch)
+        order = _shuffled(count, seed * 1_000_003 + epoch)
+        return self._fetch("train", order[position * batch_size : (position + 1) * batch_size])
+
+    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole test set, in order."""
+        for indices in torch.arange(self._count("test")).split(batch_size):
+            yield self._fetch("test", indices)
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+class FashionMNIST(_Indexed):
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 grey images of 28 x 28, padded to 32.
+
+    Read from `folder`, else from Debian's package, else fetched through torchvision. The whole
+    set lies on the device. `size` 32 pads; another size resizes.
+    """
+
+    classes = (
+        "t-shirt", "trouser", "pullover", "dress", "coat",
+        "sandal", "shirt", "sneaker", "bag", "ankle boot",
+    )  # fmt: skip
+    in_channels = 1
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        size: int = 32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.size, self.device = size, torch.device(device)
+        place = _fashion_mnist_folder(folder)
+        self._images, self._labels = {}, {}
+        for split, prefix in (("train", "train"), ("test", "t10k")):
+            images = _read_idx(place / f"{prefix}-images-idx3-ubyte")
+            labels = _read_idx(place / f"{prefix}-labels-idx1-ubyte")
+            self._images[split] = torch.from_numpy(images).unsqueeze(1).to(self.device)
+            self._labels[split] = torch.from_numpy(labels).long().to(self.device)
+
+    def _count(self, split: str) -> int:
+        return len(self._labels[split])
+
+    def _fetch(self, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        indices = indices.to(self.device)
+        images = F.pad(self._images[split][indices].float() / 255, (2, 2, 2, 2))
+        if self.size != 32:
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        return (images - 0.2860) / 0.3530, self._labels[split][indices]
+
+
+def _fashion_mnist_folder(folder: str | Path | None) -> Path:
+    places = [Path(p).expanduser() for p in ([folder] if folder else FASHION_MNIST_FOLDERS)]
+    for place in places:
+        if any(place.glob("train-images-idx3-ubyte*")):
+            return place
+    if folder is None:
+        from torchvision.datasets import FashionMNIST as Fetched
+
+        try:
+            Fetched(places[-1].parent.parent, download=True)
+            return places[-1]
+        except (OSError, RuntimeError) as error:
+            reason = f"fetching it failed ({error})"
+    else:
+        reason = "no train-images-idx3-ubyte there"
+    raise FileNotFoundError(
+        f"Fashion-MNIST not found in {', '.join(map(str, places))}: {reason}. On Debian or Ubuntu: "
+        "apt install dataset-fashion-mnist; elsewhere connect to the internet once; or use "
+        "'photocrops', which is always there"
+    )
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An IDX file (LeCun's MNIST format), gzipped or not, as a uint8 array."""
+    zipped = path.with_name(path.name + ".gz")
+    try:
+        content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
+        dimensions = content[3]
+        shape = np.frombuffer(content, ">u4", dimensions, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a whole IDX file ({error}); install it again") from error
+
+
+class ImageFolder(_Indexed):
+    """Your own images: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val), RGB."""
+
+    in_channels = 3
+
+    def __init__(
+        self, folder: str | Path, *, size: int = 32, device: torch.device | str = "cpu"
+    ) -> None:
+        from torchvision.datasets import ImageFolder as Listed
+
+        self.size, self.device = size, torch.device(device)
+        root = Path(folder).expanduser()
+        held_out = root / "test" if (root / "test").is_dir() else root / "val"
+        for place in (root / "train", held_out):
+            if not place.is_dir():
+                raise FileNotFoundError(
+                    f"folder:{folder} asked, but {place} is not a folder; expected "
+                    "PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val)"
+                )
+        listed = {"train": Listed(root / "train"), "test": Listed(held_out)}
+        if listed["train"].classes != listed["test"].classes:
+            differ = sorted(set(listed["train"].classes) ^ set(listed["test"].classes))
+            raise ValueError(f"{root}: train and test have different classes: {', '.join(differ)}")
+        self.classes = tuple(listed["train"].classes)
+        self._samples = {split: found.samples for split, found in listed.items()}
+
+    def _count(self, split: str) -> int:
+        return len(self._samples[split])
+
+    def _fetch(self, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = [self._samples[split][i] for i in indices.tolist()]
+        images = [preprocess(open_image(path).pixels, self.size) for path, _ in chosen]
+        labels = torch.tensor([label for _, label in chosen])
+        return torch.cat(images).to(self.device), labels.to(self.device)

@@ -1,0 +1,384 @@
+"""GoogLeNet, with every observable step a module of its own.
+
+`googlenet()`    builds a network from a preset, with weights or an initialization
+`GoogLeNet`      the network; logits in eval, `GoogLeNetOutput` in training with heads
+`Inception`      branch1x1, branch3x3, branch5x5, branch_pool, concatenated in this order
+`AuxiliaryHead`  pool, 1x1 convolution, two linear layers
+`ConvUnit`       convolution, batch norm if asked, ReLU
+`branch_names()` dotted names of all branches, for `gnetlab.record`
+
+Nothing is in place, no function replaces a module, and no module runs twice: hooks and Captum see
+everything. Source: arXiv 1409.4842, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gnetlab.net import weights as loading
+from gnetlab.net.architecture import HEAD_AFTER, MODULES, Architecture, Widths, architecture
+
+BRANCHES = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")
+
+
+class GoogLeNetOutput(NamedTuple):
+    """Logits (N x classes) of the main classifier and of the heads; an absent head is None."""
+
+    logits: Tensor
+    aux1: Tensor | None
+    aux2: Tensor | None
+
+
+class ConvUnit(nn.Sequential):
+    """Convolution (`conv`), batch norm (`bn`) where the architecture has it, ReLU (`relu`)."""
+
+    def __init__(
+        self, arch: Architecture, inputs: int, outputs: int, kernel: int, stride: int = 1
+    ) -> None:
+        steps: OrderedDict[str, nn.Module] = OrderedDict()
+        steps["conv"] = nn.Conv2d(
+            inputs, outputs, kernel, stride, padding=kernel // 2, bias=arch.conv_bias
+        )
+        steps.update(_norm_and_relu(arch, outputs))
+        super().__init__(steps)
+
+
+class SeparableUnit(nn.Sequential):
+    """The 7x7/2 stem that fits Table 1: depthwise with multiplier 8, then 1x1, then as ConvUnit."""
+
+    def __init__(self, arch: Architecture, inputs: int, outputs: int) -> None:
+        between = 8 * inputs
+        steps: OrderedDict[str, nn.Module] = OrderedDict()
+        steps["depthwise"] = nn.Conv2d(inputs, between, 7, 2, 3, groups=inputs, bias=False)
+        steps["pointwise"] = nn.Conv2d(between, outputs, 1, bias=arch.conv_bias)
+        steps.update(_norm_and_relu(arch, outputs))
+        super().__init__(steps)
+
+
+def _norm_and_relu(arch: Architecture, channels: int) -> Iterator[tuple[str, nn.Module]]:
+    if arch.norm == "batch":
+        yield "bn", nn.BatchNorm2d(channels, eps=arch.batch_norm_eps)
+    yield "relu", nn.ReLU()
+
+
+class Inception(nn.Module):
+    """Four parallel branches, concatenated along channels (Figure 2 of the paper).
+
+    N x inputs x H x W -> N x out_channels x H x W. `branch_slices` says where in the concatenated
+    output each branch lies: concat index = slice start + branch index.
+    """
+
+    def __init__(self, arch: Architecture, inputs: int, widths: Widths) -> None:
+        super().__init__()
+        self.branch1x1 = ConvUnit(arch, inputs, widths.conv1x1, 1)
+        self.branch3x3 = _reduced(arch, inputs, widths.reduce3x3, widths.conv3x3, [3])
+        kernels = {"5x5": [5], "3x3": [3], "3x3+3x3": [3, 3]}[arch.branch5x5]
+        self.branch5x5 = _reduced(arch, inputs, widths.reduce5x5, widths.conv5x5, kernels)
+        pool = OrderedDict[str, nn.Module](pool=nn.MaxPool2d(3, 1, 1, ceil_mode=True))
+        if arch.reduce:
+            pool["proj"] = ConvUnit(arch, inputs, widths.pool_proj, 1)
+        self.branch_pool = nn.Sequential(pool)
+
+        counts = [widths.conv1x1, widths.conv3x3, widths.conv5x5]
+        counts.append(widths.pool_proj if arch.reduce else inputs)
+        self.out_channels = sum(counts)
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        self.branch_slices = {
+            name: slice(start, start + count)
+            for name, start, count in zip(BRANCHES, starts, counts, strict=True)
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (self.branch1x1, self.branch3x3, self.branch5x5, self.branch_pool)
+        return torch.cat([branch(x) for branch in branches], dim=1)
+
+
+def _reduced(
+    arch: Architecture, inputs: int, reduced: int, outputs: int, kernels: list[int]
+) -> nn.Sequential:
+    steps: OrderedDict[str, nn.Module] = OrderedDict()
+    if arch.reduce:
+        steps["reduce"] = ConvUnit(arch, inputs, reduced, 1)
+        inputs = reduced
+    for i, kernel in enumerate(kernels):
+        steps["conv" if i == 0 else f"conv{i + 1}"] = ConvUnit(arch, inputs, outputs, kernel)
+        inputs = outputs
+    return nn.Sequential(steps)
+
+
+class HeadPool(nn.Module):
+    """Average pool to 4 x 4: the paper's 5x5/3 where that gives 4 x 4, else adaptive.
+
+    At 224 x 224 a head sees 14 x 14, where 5x5/3 fits; other image sizes need the adaptive form
+    for the linear layer behind it to fit.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "5x5/3" and all(5 + 3 * 3 <= side < 5 + 3 * 4 for side in x.shape[2:]):
+            return F.avg_pool2d(x, 5, 3)
+        return F.adaptive_avg_pool2d(x, 4)
+
+
+class AuxiliaryHead(nn.Module):
+    """Auxiliary classifier (section 5): N x inputs x H x W -> N x classes."""
+
+    def __init__(self, arch: Architecture, inputs: int) -> None:
+        super().__init__()
+        channels, hidden = arch.channels(128), arch.channels(1024)
+        self.pool = HeadPool(arch.head_pool)
+        self.conv = ConvUnit(arch, inputs, channels, 1)
+        self.flatten = nn.Flatten()
+        self.fc1 = nn.Linear(channels * 4 * 4, hidden)
+        self.relu = nn.ReLU()
+        self.dropout = nn.Dropout(arch.head_dropout)
+        self.fc2 = nn.Linear(hidden, arch.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.pool(x))  # N x 128 x 4 x 4
+        x = self.relu(self.fc1(self.flatten(x)))  # N x 1024
+        return self.fc2(self.dropout(x))
+
+
+class InputTransform(nn.Module):
+    """From ImageNet's mean and deviation to Inception's (x - 0.5) / 0.5, as torchvision does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("scale", (deviation / 0.5).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - 0.5) / 0.5).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class GoogLeNet(nn.Module):
+    """The network of an `Architecture`: N x in_channels x H x W -> N x num_classes.
+
+    `weights_note` says in words which weights it carries; figures print it.
+    """
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.architecture = arch
+        self.weights_note = "random weights"
+        if arch.transform_input:
+            self.input_transform = InputTransform()
+        channels = self._build_stem(arch)
+        inputs_of_head: dict[str, int] = {}
+        for stage in MODULES:
+            if stage in ("4a", "5a"):
+                size = 3 if stage == "4a" else arch.pool4_size
+                name = "pool3" if stage == "4a" else "pool4"
+                self.add_module(name, nn.MaxPool2d(size, 2, ceil_mode=True))
+            module = Inception(arch, channels, arch.module_widths(stage))
+            self.add_module(f"inception{stage}", module)
+            channels = module.out_channels
+            inputs_of_head |= {h: channels for h in arch.heads if HEAD_AFTER[h] == stage}
+        self.avgpool = nn.AdaptiveAvgPool2d(1)  # the paper's 7x7 average pool, at any image size
+        self.flatten = nn.Flatten()
+        self.dropout = nn.Dropout(arch.dropout)
+        self.fc = nn.Linear(channels, arch.num_classes)
+        # Heads come last, so that the trunk draws the same random weights with and without them.
+        for head in sorted(arch.heads):
+            self.add_module(head, AuxiliaryHead(arch, inputs_of_head[head]))
+
+    def _build_stem(self, arch: Architecture) -> int:
+        first, second = arch.channels(64), arch.channels(192)
+        if arch.stem == "cifar":
+            self.conv1 = ConvUnit(arch, arch.in_channels, second, 3)
+            return second
+        if arch.stem == "separable":
+            self.conv1 = SeparableUnit(arch, arch.in_channels, first)
+        elif arch.stem == "compact":
+            self.conv1 = ConvUnit(arch, arch.in_channels, first, 3)
+        else:
+            self.conv1 = ConvUnit(arch, arch.in_channels, first, 7, 2)
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        if arch.norm == "lrn":
+            self.lrn1 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+        self.conv2_reduce = ConvUnit(arch, first, first, 1)
+        self.conv2 = ConvUnit(arch, first, second, 3)
+        if arch.norm == "lrn":
+            self.lrn2 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+        self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        return second
+
+    def forward(self, x: Tensor) -> Tensor | GoogLeNetOutput:
+        # Shapes are the paper preset's at 224 x 224.
+        self._check_input(x)
+        aux: dict[str, Tensor | None] = dict.fromkeys(HEAD_AFTER)
+        for name, step in self.named_children():
+            if name in HEAD_AFTER or name == "avgpool":
+                break
+            # conv1 112 x 112, conv2 56 x 56, inception3 28 x 28, inception4 14 x 14
+            x = step(x)
+            if self.training:
+                for head in self.architecture.heads:
+                    if name == f"inception{HEAD_AFTER[head]}":
+                        aux[head] = getattr(self, head)(x)
+        x = self.flatten(self.avgpool(x))  # N x 1024 x 7 x 7 -> N x 1024
+        logits = self.fc(self.dropout(x))
+        return GoogLeNetOutput(logits, **aux) if self.training and self.architecture.heads else logits
+
+    def _check_input(self, x: Tensor) -> None:
+        arch, smallest = self.architecture, self.architecture.smallest_input
+        if x.dim() != 4 or x.shape[1] != arch.in_channels:
+            raise ValueError(
+                f"an input of shape {tuple(x.shape)} was given; this network takes "
+                f"N x {arch.in_channels} x H x W (one image: image[None]; grey images: "
+                "in_channels=1)"
+            )
+        if min(x.shape[2:]) < smallest:
+            raise ValueError(
+                f"an image of {x.shape[2]} x {x.shape[3]} pixels was given; the smallest that "
+                f"the {arch.stem!r} stem and its pools can reduce is {smallest} x {smallest} "
+                "(for small images use stem='compact' or preset 'cifar')"
+            )
+
+
+def googlenet(
+    preset: str | Architecture = "paper",
+    *,
+    weights: str | Path | None = None,
+    aux: bool | str | Iterable[str] | None = None,
+    num_classes: int | None = None,
+    width: float = 1.0,
+    init: str | tuple[str, float] | None = None,
+    seed: int | None = None,
+    **changes: Any,
+) -> GoogLeNet:
+    """GoogLeNet from a preset ("paper", "torchvision", "cifar", "naive"), in training mode.
+
+    weights      None, "imagenet" (torchvision's; implies the torchvision preset), "auto", or the
+                 path of a checkpoint (.pth, .pt, .safetensors; our keys or torchvision's)
+    aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
+    num_classes  None means the preset's own
+    width        multiplies the channel counts, which stay at least 4
+    init         None (PyTorch's), "torchvision", "xavier", "kaiming", or ("gain", g)
+    seed         makes the initial weights reproducible without touching the global random state
+    changes      fields of `Architecture`, for example norm="batch", stem="compact", reduce=False
+
+    Raises ValueError for unknown names (with the nearest) and for weights that do not fit.
+
+    >>> model = googlenet("cifar")
+    >>> sum(p.numel() for p in model.parameters())
+    6166250
+    """
+    if aux is not None:
+        heads = {True: tuple(HEAD_AFTER), False: ()}.get(aux) if isinstance(aux, bool) else aux
+        changes["heads"] = (heads,) if isinstance(heads, str) else tuple(heads)
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    if width != 1.0:
+        changes["width"] = width
+    if weights is not None:
+        if init is not None:
+            raise ValueError(f"weights={weights!r} and init={init!r} asked; give one of them")
+        return _pretrained(preset, weights, changes, seed or 0)
+    return build(architecture(preset, **changes), init=init, seed=seed)
+
+
+def _pretrained(
+    preset: str | Architecture, weights: str | Path, changes: dict[str, Any], seed: int
+) -> GoogLeNet:
+    found = loading.find(weights, seed=seed)
+    if found.preset and preset not in ("paper", found.preset):
+        if weights != "auto":
+            raise ValueError(
+                f"weights={weights!r} belong to preset {found.preset!r}, but {preset!r} was asked; "
+                "leave the preset out"
+            )
+        found = loading.random_start(seed)
+    if found.path is None:  # seeded random weights, made fit to look at
+        model = build(
+            architecture(preset, **(found.changes | changes)), init="kaiming", seed=seed
+        )
+        if model.architecture.norm != "batch":
+            found = found._replace(note=f"random weights (seed {seed})")
+        side = max(64, model.architecture.smallest_input)
+        images = loading.calibration_images(side, model.architecture.in_channels)
+        loading.calibrate_batch_norm(model, images)
+    else:
+        checkpoint = loading.read_checkpoint(found.path)
+        base = architecture(found.preset or preset)
+        if checkpoint.architecture and preset == "paper":
+            base = loading.saved_architecture(checkpoint.architecture, found.path)
+        elif "heads" not in changes:
+            stored = tuple(h for h in base.heads if f"{h}.fc1.weight" in checkpoint.state)
+            base = base.change(heads=stored)
+        model = build(base.change(**(found.changes | changes)))
+        loading.fill(model, checkpoint.state, found.path)
+    model.weights_note = found.note
+    return model
+
+
+def build(
+    arch: Architecture,
+    *,
+    init: str | tuple[str, float] | None = None,
+    seed: int | None = None,
+) -> GoogLeNet:
+    """A randomly initialized network of this architecture; seeded if `seed` is given."""
+    with torch.random.fork_rng(devices=[]) if seed is not None else contextlib.nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = GoogLeNet(arch)
+        initialize(model, init)
+    return model
+
+
+def initialize(model: nn.Module, init: str | tuple[str, float] | None) -> None:
+    """Draw the weights of convolutions and linear layers anew; their biases become zero.
+
+    None leaves PyTorch's own. "torchvision": normal with std 0.01, truncated at -2 and 2.
+    "xavier", "kaiming": normal with std sqrt(2 / (fan_in + fan_out)), sqrt(2 / fan_in).
+    ("gain", g): normal with std g * sqrt(2 / fan_in), so that ("gain", 1.0) is "kaiming".
+    """
+    if init is None:
+        return
+    kind, gain = init if isinstance(init, tuple) else (init, 1.0)
+    if (kind == "gain") != isinstance(init, tuple) or kind not in (
+        "torchvision", "xavier", "kaiming", "gain",
+    ):  # fmt: skip
+        raise ValueError(
+            f"init={init!r} asked; choose 'torchvision', 'xavier', 'kaiming' or ('gain', g)"
+        )
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        if kind == "torchvision":
+            nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
+        elif kind == "xavier":
+            nn.init.xavier_normal_(module.weight)
+        else:
+            fan_in = module.weight[0].numel()
+            nn.init.normal_(module.weight, std=gain * (2 / fan_in) ** 0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def branch_names(model: nn.Module) -> list[str]:
+    """Dotted names of every branch of every Inception module, in forward order.
+
+    >>> branch_names(googlenet())[:2]
+    ['inception3a.branch1x1', 'inception3a.branch3x3']
+    """
+    return [
+        f"{name}.{branch}"
+        for name, module in model.named_modules()
+        if isinstance(module, Inception)
+        for branch in BRANCHES
+    ]

@@ -1,0 +1,247 @@
+"""Weights: find them, read them safely, and fit them into a network.
+
+`find()`                  what a `weights=` argument stands for: a file, or a seeded random start
+`read_checkpoint()`       a .pth, .pt or .safetensors file as a state dict with our names
+`fill()`                  copy a state dict into a network, or say which keys and shapes differ
+`calibrate_batch_norm()`  running statistics for a random network, so that it can be looked at
+
+Reading never runs code from a file: `weights_only=True` or safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gnetlab.net import data
+from gnetlab.net.architecture import Architecture
+
+IMAGENET_SHA256 = "1378be20"  # the first digits, as in the file's name (torch.hub's convention)
+OFFLINE = "GNETLAB_OFFLINE"  # set to anything: never fetch
+
+_TORCHVISION_NAMES = {
+    "conv2.": "conv2_reduce.",
+    "conv3.": "conv2.",
+    ".branch1.": ".branch1x1.",
+    ".branch2.0.": ".branch3x3.reduce.",
+    ".branch2.1.": ".branch3x3.conv.",
+    ".branch3.0.": ".branch5x5.reduce.",
+    ".branch3.1.": ".branch5x5.conv.",
+    ".branch4.1.": ".branch_pool.proj.",
+}
+
+
+class Found(NamedTuple):
+    """What a `weights=` argument stands for.
+
+    `path` is None for a random start; `preset` is the one the weights belong to (None: any);
+    `changes` are architecture fields they imply; `note` is the sentence that figures print.
+    """
+
+    path: Path | None
+    note: str
+    preset: str | None = None
+    changes: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+
+
+class Checkpoint(NamedTuple):
+    """A state dict with our names, and the saved architecture's fields where the file has them."""
+
+    state: dict[str, Tensor]
+    architecture: dict[str, Any] | None
+
+
+def find(weights: str | Path, *, seed: int = 0) -> Found:
+    """Locate weights: "imagenet", "auto" or a path. Fetches ImageNet's into torch.hub's cache.
+
+    "auto" takes ImageNet's where they are in the cache or can be fetched, else a seeded random
+    start; a damaged cached file is an error, not a reason to fall back. Raises RuntimeError
+    without a network for "imagenet", FileNotFoundError for a path that is not there.
+    """
+    if weights == "imagenet":
+        try:
+            return _imagenet()
+        except OSError as error:
+            raise RuntimeError(
+                f"weights='imagenet' asked, but they could not be fetched ({error}). Connect to "
+                f"the internet, or place the file at {_imagenet_path()[1]}, or use weights='auto'"
+            ) from error
+    if weights == "auto":
+        try:
+            return _imagenet()
+        except OSError:
+            return random_start(seed)
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights={str(weights)!r} asked: no such file. "
+            "Give 'imagenet', 'auto', None or the path of a .pth, .pt or .safetensors file"
+        )
+    return Found(path, f"weights from {path.name}")
+
+
+def random_start(seed: int) -> Found:
+    """Seeded random weights with calibrated batch norm: what "auto" falls back to."""
+    note = f"random weights (seed {seed}), batch norm calibrated on photographs"
+    return Found(None, note, changes={"norm": "batch"})
+
+
+def _imagenet_path() -> tuple[str, Path]:
+    from torchvision.models import GoogLeNet_Weights
+
+    url = GoogLeNet_Weights.IMAGENET1K_V1.url
+    return url, Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def _imagenet() -> Found:
+    url, path = _imagenet_path()
+    if not path.exists():
+        if os.environ.get(OFFLINE):
+            raise OSError(f"{OFFLINE} is set")
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
+            pass  # torch.hub waits for ever where nothing answers; this does not
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=IMAGENET_SHA256)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(IMAGENET_SHA256):
+        raise ValueError(
+            f"{path} is not torchvision's GoogLeNet: its SHA-256 starts with {digest[:8]}, "
+            f"expected {IMAGENET_SHA256}. Delete the file and try again"
+        )
+    note = "ImageNet weights (torchvision IMAGENET1K_V1; its '5x5' branch is a 3x3)"
+    changes = {"transform_input": True, "heads": ()}  # the checkpoint's heads are untrained
+    return Found(path, note, "torchvision", changes)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint without running code from it; torchvision's names become ours.
+
+    Accepts a bare state dict or a training checkpoint (its "model" entry). Raises ValueError for
+    a truncated, foreign or hostile file.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: it is not a checkpoint, or holds objects other than tensors, "
+            f"which could run code when read ({str(error).splitlines()[0][:120]}). Save a plain "
+            "state dict (torch.save(model.state_dict(), ...)) or use .safetensors"
+        ) from error
+    except Exception as error:  # safetensors and torch.load raise many kinds for a damaged file
+        raise ValueError(
+            f"{path} cannot be read: damaged, truncated or not a checkpoint "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}). "
+            "Fetch or save it again"
+        ) from error
+    saved = None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        saved, content = content.get("architecture"), content["model"]
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise ValueError(f"{path} holds no state dict (names and tensors); save model.state_dict()")
+    return Checkpoint(from_torchvision(content), saved)
+
+
+def saved_architecture(fields: dict[str, Any], source: str | Path) -> Architecture:
+    """The `Architecture` that a checkpoint was saved with. Raises ValueError if it is not one."""
+    try:
+        heads = tuple(fields.get("heads", ()))
+        return Architecture().change(**(fields | {"heads": heads}))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source} holds an architecture that cannot be read: {error}") from error
+
+
+def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename torchvision's GoogLeNet keys to ours; a state dict with our names passes through.
+
+    >>> list(from_torchvision({"inception3a.branch1.conv.weight": torch.zeros(1)}))
+    ['inception3a.branch1x1.conv.weight']
+    """
+    if not any(".branch1." in key for key in state):
+        return state
+    pattern = re.compile(r"^conv[23]\.|\.branch[1-4]\.(?:(?<!branch1\.)[01]\.)?")
+    return {
+        pattern.sub(lambda match: _TORCHVISION_NAMES.get(match[0], match[0]), key): value
+        for key, value in state.items()
+    }
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into `model`; heads that the model lacks are left out.
+
+    Raises ValueError that says which keys are missing or unexpected and which shapes differ.
+    Nothing is changed then.
+    """
+    own = model.state_dict()
+    built = {name for name, _ in model.named_children()}
+    state = {k: v for k, v in state.items() if not k.startswith("aux") or k.split(".")[0] in built}
+    optional = {key for key in own if key.endswith("num_batches_tracked")}
+    missing = sorted(own.keys() - state.keys() - optional)
+    unexpected = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, network {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "different shape": sorted(shapes)}
+    if any(problems.values()):
+        lines = [
+            f"  {what} ({len(keys)}): {'; '.join(keys[:4])}{'; ...' if len(keys) > 4 else ''}"
+            for what, keys in problems.items()
+            if keys
+        ]
+        raise ValueError(
+            f"{source} does not fit this network:\n" + "\n".join(lines) + "\n"
+            "Choose the preset, num_classes, width or norm that the file was made with"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+@torch.no_grad()
+def calibrate_batch_norm(model: nn.Module, images: Tensor, *, passes: int = 1) -> None:
+    """Set batch norm's running mean and variance from `images` (N x C x H x W), nothing else.
+
+    Without it, a random network in eval mode collapses: its activations shrink by orders of
+    magnitude from module to module.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.momentum, m.training) for m in norms]
+    was_training = model.training
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        for _ in range(passes):
+            model(images)
+    finally:
+        model.train(was_training)
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
+
+
+def calibration_images(size: int, channels: int, device: torch.device | str = "cpu") -> Tensor:
+    """Every photograph once, preprocessed: 16 x channels x size x size."""
+    images = torch.cat([data.preprocess(p.pixels, size) for p in data.photographs().values()])
+    if channels != 3:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    return images.to(device)

@@ -1,0 +1,1 @@
+"""Reporting: notebooks through papermill, claims, the HTML page. Imports no other room."""
