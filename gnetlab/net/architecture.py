@@ -64,7 +64,9 @@ MODULES: dict[str, Widths] = {row.stage: row.widths for row in TABLE_1 if row.wi
 
 def _check_choice(field: str, value: object, choices: tuple) -> None:
     if value not in choices:
-        raise ValueError(f"{field} = {value!r} asked; choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(
+            f"{field} = {value!r} asked; choose one of {', '.join(map(repr, choices))}"
+        )
 
 
 def _unknown(what: str, name: object, known: list[str]) -> str:

@@ -231,7 +231,9 @@ class GoogLeNet(nn.Module):
                         aux[head] = getattr(self, head)(x)
         x = self.flatten(self.avgpool(x))  # N x 1024 x 7 x 7 -> N x 1024
         logits = self.fc(self.dropout(x))
-        return GoogLeNetOutput(logits, **aux) if self.training and self.architecture.heads else logits
+        return (
+            GoogLeNetOutput(logits, **aux) if self.training and self.architecture.heads else logits
+        )
 
     def _check_input(self, x: Tensor) -> None:
         arch, smallest = self.architecture, self.architecture.smallest_input
@@ -303,9 +305,7 @@ def _pretrained(
             )
         found = loading.random_start(seed)
     if found.path is None:  # seeded random weights, made fit to look at
-        model = build(
-            architecture(preset, **(found.changes | changes)), init="kaiming", seed=seed
-        )
+        model = build(architecture(preset, **(found.changes | changes)), init="kaiming", seed=seed)
         if model.architecture.norm != "batch":
             found = found._replace(note=f"random weights (seed {seed})")
         side = max(64, model.architecture.smallest_input)

@@ -1,0 +1,134 @@
+"""Where the gradient of each layer comes from: the main loss, or an auxiliary head's.
+
+`gradient_flow()`  one row per layer and loss source, from one forward pass
+`split_gradients()`  the gradients themselves
+
+The total loss is main + 0.3 aux1 + 0.3 aux2 (section 5 of the paper), each the cross-entropy of
+its classifier; every source below is weighted already, so that the sources add up to the total.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gnetlab.measure.costs import locate
+
+HEAD_WEIGHT = 0.3
+SOURCES = ("main", "aux1", "aux2", "total")
+
+
+def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -> dict[str, Tensor]:
+    """Loss by source (scalars, heads weighted already) of a training-mode output."""
+    if isinstance(output, Tensor):
+        return {"main": F.cross_entropy(output, targets)}
+    losses = {"main": F.cross_entropy(output.logits, targets)}
+    for name in ("aux1", "aux2"):
+        logits = getattr(output, name)
+        if logits is not None:
+            losses[name] = head_weight * F.cross_entropy(logits, targets)
+    return losses
+
+
+def split_gradients(
+    model: nn.Module, images: Tensor, targets: Tensor, *, head_weight: float = HEAD_WEIGHT
+) -> dict[str, dict[str, Tensor]]:
+    """Gradient of every weight by source: layer name -> source -> tensor like the weight.
+
+    Weights are parameters of more than one dimension (biases and batch norm left out). A source
+    that does not reach a layer (aux1 above 4a, aux2 above 4d) is absent; "total" is the sum.
+
+    The model runs once, in training mode. Its mode, buffers (batch-norm statistics), `.grad` and
+    the random state are as before afterwards, so that looking does not change a training.
+    """
+    weights = {
+        name.removesuffix(".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.requires_grad
+    }
+    with _as_before(model, images.device), torch.enable_grad():
+        losses = weighted_losses(model(images), targets, head_weight)
+        split: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
+        for i, (source, loss) in enumerate(losses.items()):
+            gradients = torch.autograd.grad(
+                loss, list(weights.values()), retain_graph=i + 1 < len(losses), allow_unused=True
+            )
+            for name, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    split[name][source] = gradient
+    for by_source in split.values():
+        by_source["total"] = torch.stack(list(by_source.values())).sum(0)
+    return split
+
+
+@contextlib.contextmanager
+def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model.train()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+            for module, mode in modes:
+                module.training = mode
+
+
+def gradient_flow(
+    model: nn.Module, images: Tensor, targets: Tensor, *, head_weight: float = HEAD_WEIGHT
+) -> pd.DataFrame:
+    """How much gradient reaches each layer, by loss source, for one batch.
+
+    images N x C x H x W, targets N (class indices), both on the model's device.
+
+    Columns: `module` (dotted name of the convolution or linear layer), `stage`, `branch`, `kind`,
+    `source` (main, aux1, aux2, total; heads weighted by `head_weight`), `gradient_rms` (root mean
+    square over the weight's elements, loss per unit of weight), `weight_rms`, `relative` (the
+    first over the second), `cosine_to_main` (NA where main does not reach). A row is missing
+    where a source does not reach the layer. Sums are taken in float64.
+    """
+    modules = dict(model.named_modules())
+    split = split_gradients(model, images, targets, head_weight=head_weight)
+    rows = []
+    for name, by_source in split.items():
+        stage, branch = locate(name)
+        weight_rms = _rms(modules[name].weight.detach())
+        main = by_source.get("main")
+        for source in SOURCES:
+            if source not in by_source:
+                continue
+            gradient = by_source[source]
+            rms = _rms(gradient)
+            rows.append(
+                {
+                    "module": name,
+                    "stage": stage,
+                    "branch": branch,
+                    "kind": type(modules[name]).__name__,
+                    "source": source,
+                    "gradient_rms": rms,
+                    "weight_rms": weight_rms,
+                    "relative": rms / weight_rms if weight_rms else float("nan"),
+                    "cosine_to_main": _cosine(gradient, main) if main is not None else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    # F.cosine_similarity clamps tiny norms, and vanishing gradients are tiny.
+    a, b = a.double().flatten(), b.double().flatten()
+    norms = a.norm() * b.norm()
+    return float(a @ b / norms) if norms > 0 else float("nan")

@@ -1,0 +1,143 @@
+"""Feature maps by name, with hooks that live exactly as long as a with-block.
+
+`record()`    keep, or reduce as they come, the outputs of named modules
+`observe()`   call a function whenever a named module runs; what the rest of the package builds on
+
+This is the only file in the package that registers hooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Observer = Callable[[str, nn.Module, tuple, Any], None]
+
+
+@contextlib.contextmanager
+def observe(model: nn.Module, names: Iterable[str], observer: Observer) -> Iterator[None]:
+    """Call `observer(name, module, inputs, output)` whenever a named module has run.
+
+    Raises ValueError for an unknown name (with the nearest) or a compiled model, whose hooks may
+    silently never fire.
+    """
+    if type(model).__name__ == "OptimizedModule":
+        raise ValueError(
+            "this model is compiled, and hooks set on a compiled model may never fire; "
+            "pass the original module (model._orig_mod)"
+        )
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if name not in modules:
+                near = difflib.get_close_matches(name, modules, n=3)
+                hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+                raise ValueError(
+                    f"no module {name!r} in {type(model).__name__}.{hint} "
+                    "All names: [name for name, _ in model.named_modules()]"
+                )
+
+            def hook(module: nn.Module, inputs: tuple, output: Any, name: str = name) -> None:
+                observer(name, module, inputs, output)
+
+            stack.callback(modules[name].register_forward_hook(hook).remove)
+        yield
+
+
+class Recording(Mapping[str, Any]):
+    """What `record` saw: name -> feature maps (N x C x H x W), or name -> reduced state."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._versions: dict[str, tuple[Tensor, int]] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise KeyError(f"{name!r} was not recorded; recorded: {', '.join(self._values)}")
+        if name in self._versions:
+            original, version = self._versions[name]
+            if original._version != version:
+                raise RuntimeError(
+                    f"{name!r} was overwritten in place after it was recorded (an in-place ReLU "
+                    "follows it); record with clone=True"
+                )
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@contextlib.contextmanager
+def record(
+    model: nn.Module,
+    names: str | Iterable[str],
+    *,
+    reduce: Callable[[Any, Tensor], Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    clone: bool = False,
+) -> Iterator[Recording]:
+    """Record the outputs of named modules while the with-block runs.
+
+    names    a dotted name or several, as `model.named_modules()` and `branch_names(model)` have
+    reduce   `reduce(state, maps) -> state`, called with every output, `state` None at first; the
+             recording then holds the last state. Any number of forward passes, constant memory
+    device, dtype   where and as what to keep the (detached) maps
+    clone    keep a copy, for models that change their maps in place afterwards
+
+    The hooks are gone when the block ends, however it ends. Raises ValueError for unknown names
+    and compiled models; RuntimeError for a name that never ran or ran twice (in one forward pass,
+    or without `reduce` at all), and for a non-tensor output. An output that was overwritten in
+    place is noticed when it is read (not under `torch.inference_mode`, which tracks no versions).
+
+    >>> import torch, gnetlab as gl
+    >>> model = gl.googlenet(width=0.1).eval()
+    >>> with gl.record(model, "inception3a.branch5x5") as maps:
+    ...     _ = model(torch.zeros(1, 3, 64, 64))
+    >>> maps["inception3a.branch5x5"].shape
+    torch.Size([1, 4, 8, 8])
+    """
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    recording = Recording()
+    seen: set[str] = set()
+
+    def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
+        if name == "":
+            seen.clear()  # the whole model has run: the next forward pass begins
+            if name not in names:
+                return
+        if not isinstance(output, Tensor):
+            raise RuntimeError(f"{name!r} returns {type(output).__name__}, not one tensor")
+        if name in seen or (reduce is None and name in recording._values):
+            raise RuntimeError(
+                f"{name!r} ran twice; without reduce= one forward pass is recorded, and a module "
+                "that is used twice in it cannot be told apart"
+            )
+        seen.add(name)
+        maps = output.detach()
+        if reduce is not None:
+            recording._values[name] = reduce(recording._values.get(name), maps)
+            return
+        kept = maps.to(device=device, dtype=dtype)
+        if kept is maps and clone:
+            kept = maps.clone()
+        elif kept is maps and not maps.is_inference():
+            recording._versions[name] = (maps, maps._version)
+        recording._values[name] = kept
+
+    with observe(model, dict.fromkeys([*names, ""]), keep):
+        yield recording
+    missing = [name for name in names if name not in recording._values]
+    if missing:
+        raise RuntimeError(
+            f"never ran inside the with-block: {', '.join(missing[:5])}. Call the model there; "
+            "auxiliary heads run only in training mode"
+        )

@@ -1,0 +1,117 @@
+"""How long a forward pass takes on a device, and what memory it needs.
+
+`measure_latency()`  median time, spread, throughput, peak memory per batch size
+`resolve_device()`   "auto" -> CUDA where there is one, else CPU
+`device_name()`      the device in words, for footers
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.benchmark import Timer
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """A torch device; "auto" takes CUDA where it works. Raises ValueError for one that is absent.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} asked; choose 'auto', 'cpu' or 'cuda'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r} asked, but PyTorch finds no CUDA device (driver, or a CPU build of "
+            "PyTorch?); use device='auto' or 'cpu'"
+        )
+    return found
+
+
+def device_name(device: torch.device | str) -> str:
+    """The device in words: the GPU's name, or the CPU's model and PyTorch's thread count."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name} ({threads} thread{'s' * (threads > 1)})"
+
+
+def measure_latency(
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    input_size: tuple[int, ...] = (3, 224, 224),
+    batch_sizes: Iterable[int] = (1,),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    min_run_time: float = 1.0,
+) -> pd.DataFrame:
+    """Time of a forward pass in eval mode, one row per batch size.
+
+    Columns: `model`, `device`, `dtype`, `memory_format`, `batch_size`, `threads`, `seconds`
+    (median per batch), `iqr` (interquartile range, seconds), `runs`, `images_per_second`,
+    `peak_memory` (bytes allocated beyond the weights, CUDA only, else NA).
+
+    `min_run_time` seconds are measured per batch size after one warm-up pass; torch's benchmark
+    timer synchronizes CUDA. The model is moved to the device and left there, its mode restored.
+    """
+    device = torch.device(device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    was_training = model.training
+    model = model.to(device=device, dtype=dtype, memory_format=layout).eval()
+    rows = []
+    try:
+        for batch_size in batch_sizes:
+            images = torch.randn(batch_size, *input_size, device=device, dtype=dtype)
+            images = images.contiguous(memory_format=layout)
+            with torch.inference_mode():
+                peak = _peak_memory(model, images)  # also warms up
+                timer = Timer("model(images)", globals={"model": model, "images": images},
+                              num_threads=torch.get_num_threads())  # fmt: skip
+                measured = timer.blocked_autorange(min_run_time=min_run_time)
+            rows.append(
+                {
+                    "model": name or type(model).__name__,
+                    "device": device.type,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "memory_format": "channels_last" if channels_last else "contiguous",
+                    "batch_size": batch_size,
+                    "threads": torch.get_num_threads(),
+                    "seconds": measured.median,
+                    "iqr": measured.iqr,
+                    "runs": len(measured.times) * measured.number_per_run,
+                    "images_per_second": batch_size / measured.median,
+                    "peak_memory": peak,
+                }
+            )
+    finally:
+        model.train(was_training)
+    return pd.DataFrame(rows).astype({"peak_memory": "Int64"})
+
+
+def _peak_memory(model: nn.Module, images: torch.Tensor) -> int | None:
+    if images.device.type != "cuda":
+        model(images)
+        return None
+    torch.cuda.synchronize(images.device)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    model(images)
+    torch.cuda.synchronize(images.device)
+    return torch.cuda.max_memory_allocated(images.device) - before
