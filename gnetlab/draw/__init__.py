@@ -1,1 +1,1 @@
-"""Drawing: frames in, figures out. Imports matplotlib and pandas, never torch or gnetlab.measure."""
+"""Drawing: frames in, figures out. Imports matplotlib and pandas, never torch or measure."""

@@ -2,6 +2,7 @@
 
 `branch_statistics()`  per channel: mean, variance, zero fraction, energy, share of the module's
 `per_branch()`         the same summed up per branch
+`top_channels()`       the channels of one image's maps that vary most
 """
 
 from __future__ import annotations
@@ -115,3 +116,13 @@ def per_branch(statistics: pd.DataFrame) -> pd.DataFrame:
         dead=("energy", lambda energy: int((energy == 0).sum())),
     ).reset_index()
     return frame.assign(energy_ratio=frame.energy_share / frame.channel_share)
+
+
+def top_channels(maps: Tensor, count: int) -> np.ndarray:
+    """The `count` channels of one image's maps (1 x C x H x W) with the largest deviation.
+
+    Strongest first, as count x H x W float32: the first channels in memory order show chance,
+    these show what the branch reacts to.
+    """
+    deviation = maps[0].float().std(dim=(1, 2), correction=0)
+    return maps[0, deviation.argsort(descending=True)[:count]].float().cpu().numpy()

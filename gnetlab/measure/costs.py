@@ -3,6 +3,7 @@
 `layer_costs()`   one row per leaf layer: output shape, parameters, MACs, activations
 `table_1()`       the paper's Table 1 beside what its architecture computes to
 `depth()`         number of layers with parameters along the deepest path
+`reduction_costs()`  the nine modules with and without 1x1 reductions
 `classifier_metadata()`  published accuracy, parameters and MACs of torchvision's classifiers
 
 One multiply-add is one MAC; `macs` counts those of convolutions and linear layers, without
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.hooks import observe
-from gnetlab.net.architecture import TABLE_1, architecture
+from gnetlab.net.architecture import MODULES, TABLE_1, architecture
 from gnetlab.net.model import build
 
 COLUMNS = (
@@ -191,7 +192,7 @@ def locate(module: str) -> tuple[str, str]:
 
 
 def _block_stages(model: nn.Module) -> dict[str, str]:
-    """For networks that are one `features` sequence with pools (VGG, AlexNet): block1, block2 ..."""
+    """For networks that are one `features` sequence with pools (VGG, AlexNet): block1 ..."""
     features = getattr(model, "features", None)
     plain = isinstance(features, nn.Sequential) and all(map(_is_leaf, features))
     if not plain or not any(isinstance(m, nn.MaxPool2d) for m in features):
@@ -251,6 +252,32 @@ def table_1(model: nn.Module | None = None) -> pd.DataFrame:
         params_agree=frame.printed_params == kibi,
         ops_agree=frame.printed_ops == (frame.macs / 1e6).round(),
     )
+
+
+def reduction_costs(input_size: tuple[int, ...] = (3, 224, 224)) -> pd.DataFrame:
+    """The nine modules of the paper and naive presets: what 1x1 reductions change.
+
+    Columns: `variant` ("with reductions", "without"), `stage`, `macs` (count), `out_channels`
+    (count), `pool_share` (fraction of them that the pool branch makes).
+    """
+    rows = []
+    for variant, preset in (("with reductions", "paper"), ("without", "naive")):
+        with torch.device("meta"):
+            model = build(architecture(preset, heads=()))
+        macs = layer_costs(model, input_size).groupby("stage").macs.sum()
+        for stage in MODULES:
+            module = getattr(model, f"inception{stage}")
+            pool = module.branch_slices["branch_pool"]
+            rows.append(
+                {
+                    "variant": variant,
+                    "stage": stage,
+                    "macs": int(macs[stage]),
+                    "out_channels": module.out_channels,
+                    "pool_share": (pool.stop - pool.start) / module.out_channels,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def classifier_metadata() -> pd.DataFrame:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -71,6 +71,10 @@ def measure_latency(
     `min_run_time` seconds are measured per batch size after one warm-up pass; torch's benchmark
     timer synchronizes CUDA. The model is moved to the device and left there, its mode restored.
     """
+    # This import warns on machines with a CUDA toolkit and no GPU, where nothing is amiss.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     was_training = model.training

@@ -2,12 +2,14 @@
 
 `train()`     SGD with momentum on the weighted losses; metrics as a frame; resumable
 `evaluate()`  loss and accuracy on a data set's test images
+`escape_step()`  when a run left the plateau at chance
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,16 @@ def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dic
     finally:
         model.train(was_training)
     return {"loss": float(loss) / count, "accuracy": float(correct) / count}
+
+
+def escape_step(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> float:
+    """First step at which the main training loss, averaged over `smooth` steps, is below 95% of
+    chance (ln classes); NaN if it never is. `metrics` as from `train`, of one run.
+    """
+    rows = metrics[(metrics.split == "train") & (metrics.source == "main")]
+    loss = rows.set_index("step").loss.rolling(smooth).mean()
+    below = loss[loss < 0.95 * math.log(classes)]
+    return float(below.index[0]) if len(below) else float("nan")
 
 
 def _in_float(output: Any) -> Any:

@@ -72,7 +72,7 @@ def find(weights: str | Path, *, seed: int = 0) -> Found:
         except OSError as error:
             raise RuntimeError(
                 f"weights='imagenet' asked, but they could not be fetched ({error}). Connect to "
-                f"the internet, or place the file at {_imagenet_path()[1]}, or use weights='auto'"
+                f"the internet, or place the file at {imagenet_path()[1]}, or use weights='auto'"
             ) from error
     if weights == "auto":
         try:
@@ -94,7 +94,8 @@ def random_start(seed: int) -> Found:
     return Found(None, note, changes={"norm": "batch"})
 
 
-def _imagenet_path() -> tuple[str, Path]:
+def imagenet_path() -> tuple[str, Path]:
+    """Where torchvision's GoogLeNet is fetched from, and its place in torch.hub's cache."""
     from torchvision.models import GoogLeNet_Weights
 
     url = GoogLeNet_Weights.IMAGENET1K_V1.url
@@ -102,7 +103,7 @@ def _imagenet_path() -> tuple[str, Path]:
 
 
 def _imagenet() -> Found:
-    url, path = _imagenet_path()
+    url, path = imagenet_path()
     if not path.exists():
         if os.environ.get(OFFLINE):
             raise OSError(f"{OFFLINE} is set")

@@ -1,0 +1,302 @@
+"""Figure-level drawing: `*_figure(frame, ...) -> Figure`, and `save()`, the only one that writes.
+
+A figure function sets panels, titles, legends and shared scales; what is inside a panel is in
+`plots`. `note` is the footer in small type: weights, device, seed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from gnetlab.draw import plots, style
+
+
+def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
+    @wraps(make)
+    def styled(*args, note: str = "", **options) -> Figure:
+        with style.context():
+            figure = make(*args, **options)
+            if note:
+                figure.supxlabel(note, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
+            return figure
+
+    return styled
+
+
+def _figure(width: str, height: float) -> Figure:
+    figure = Figure((style.WIDTHS[width], height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
+    return figure
+
+
+@_styled
+def cost_figure(costs: pd.DataFrame) -> Figure:
+    """MACs and parameters per stage, stacked by branch, one column per network.
+
+    Columns: `model`, `stage`, `branch`, `macs`, `parameters`. Both networks on one scale.
+    """
+    models = list(dict.fromkeys(costs.model))
+    figure = _figure("page", 4.6)
+    axes = figure.subplots(2, len(models), sharex="row", squeeze=False)
+    for row, value in enumerate(("macs", "parameters")):
+        for column, model in enumerate(models):
+            of_model = costs[costs.model == model]
+            ax = plots.plot_stage_costs(of_model, value, ax=axes[row, column])
+            total = of_model[value].sum()
+            unit = (
+                f"{total / 1e9:.2f} G multiply-adds"
+                if row == 0
+                else f"{total / 1e6:.1f} M parameters"
+            )
+            ax.set_title(f"{model}: {unit}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, 0].legend(handles, labels, title="branch", loc="lower right", title_fontsize=7)
+    return figure
+
+
+@_styled
+def reduction_figure(modules: pd.DataFrame) -> Figure:
+    """MACs and output width per module, with and without 1x1 reductions.
+
+    Columns: `variant`, `stage`, `macs`, `out_channels`, `pool_share` (fraction of output
+    channels that come from the pool branch).
+    """
+    figure = _figure("page", 3.0)
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    plots.plot_grouped(modules, "macs", "variant", scale=1e6, ax=left,
+                       label="multiply-adds (millions)")  # fmt: skip
+    left.legend(loc="upper right")
+    plots.plot_grouped(modules, "out_channels", "variant", ax=middle, label="output channels")
+    plots.plot_grouped(modules, "pool_share", "variant", scale=0.01, ax=right,
+                       label="output from the pool branch (%)")  # fmt: skip
+    for ax, title in zip((left, middle, right), ("Cost", "Width", "Pool branch"), strict=True):
+        ax.set_title(title)
+    left.set_ylabel("Inception module")
+    return figure
+
+
+@_styled
+def table_1_figure(table: pd.DataFrame) -> Figure:
+    """Table 1 of the paper, computed over printed (columns: `gnetlab.measure.costs.table_1`)."""
+    figure = _figure("page", 3.0)
+    left, right = figure.subplots(1, 2, sharey=True)
+    plots.plot_table_1(table, "ops", ax=left).set_title("Multiply-adds")
+    plots.plot_table_1(table, "params", ax=right).set_title("Parameters")
+    left.set_ylabel("row of Table 1")
+    left.legend(loc="lower right")
+    return figure
+
+
+@_styled
+def accuracy_figure(models: pd.DataFrame, highlight: Mapping[str, str]) -> Figure:
+    """Published accuracy against MACs and against parameters (columns: `plots.plot_accuracy`)."""
+    figure = _figure("page", 3.0)
+    left, right = figure.subplots(1, 2, sharey=True)
+    plots.plot_accuracy(models, dict(highlight), x="macs", ax=left)
+    plots.plot_accuracy(models, dict(highlight), x="parameters", ax=right).set_ylabel("")
+    return figure
+
+
+@_styled
+def latency_figure(latency: pd.DataFrame, ratios: pd.Series, title: str) -> Figure:
+    """Measured time per image, and the networks' ratio in every currency side by side."""
+    figure = _figure("page", 2.6)
+    left, right = figure.subplots(1, 2)
+    plots.plot_latency(latency, ax=left).set_title("Measured time")
+    plots.plot_ratios(ratios, ax=right).set_title(title)
+    right.set_xlabel("ratio")
+    return figure
+
+
+@_styled
+def maps_figure(
+    image: np.ndarray, maps: Mapping[str, Mapping[str, np.ndarray]], *, columns: int = 6
+) -> Figure:
+    """Feature maps of the branches: one row per module, one column per branch.
+
+    `image` H x W x 3 uint8; `maps` stage -> branch -> channels x height x width, already chosen.
+    """
+    branches = list(next(iter(maps.values())))
+    figure = _figure("page", 0.75 * len(maps) + 0.6)
+    axes = figure.subplots(len(maps), len(branches) + 1, squeeze=False,
+                           width_ratios=[0.36, *[1] * len(branches)])  # fmt: skip
+    for row, (stage, by_branch) in zip(axes, maps.items(), strict=True):
+        row[0].set_axis_off()
+        height, width = next(iter(by_branch.values())).shape[1:]
+        text = f"{stage}\n{height}x{width}"
+        row[0].text(0.9, 0.5, text, transform=row[0].transAxes, ha="right", va="center")
+        for ax, branch in zip(row[1:], branches, strict=True):
+            plots.plot_montage(by_branch[branch], columns, ax=ax)
+    for ax, branch in zip(axes[0, 1:], branches, strict=True):
+        ax.set_title(f"{branch} branch", color=style.BRANCH_COLORS[branch], fontweight="bold")
+    axes[0, 0].clear()
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_axis_off()
+    first = next(iter(maps))
+    axes[0, 0].set_title(f"input, {first}:", fontsize=6.5)
+    return figure
+
+
+@_styled
+def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
+    """Energy per channel and zero fraction over depth, one line per branch.
+
+    Columns: `stage`, `branch`, `energy_share`, `energy_ratio`, `zero_fraction`.
+    """
+    figure = _figure("page", 2.7)
+    axes = figure.subplots(1, 3)
+    titles = ("Share of the energy", "Energy per channel", "Silent values")
+    values = ("energy_share", "energy_ratio", "zero_fraction")
+    labels = ("fraction of the module", "energy share / channel share", "fraction exactly zero")
+    for ax, title, value, label in zip(axes, titles, values, labels, strict=True):
+        plots.plot_by_depth(branches, value, ax=ax).set(title=title, ylabel=label)
+    axes[1].axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
+    axes[0].set_ylim(bottom=0)
+    axes[2].set_ylim(0, 1)
+    axes[2].legend(title="branch", ncols=2, loc="upper left", title_fontsize=7)
+    return figure
+
+
+@_styled
+def attribution_figure(
+    image: np.ndarray, maps: Mapping[str, Mapping[str, np.ndarray]], shares: pd.DataFrame
+) -> Figure:
+    """Where each branch looks: rows are modules, columns branches, one colour range per module.
+
+    `image` H x W x 3 uint8; `maps` stage -> branch -> h x w; `shares` has `stage`, `branch` and
+    `share` (signed fraction of the module), printed above each panel.
+    """
+    branches = list(next(iter(maps.values())))
+    figure = _figure("page", 1.55 * len(maps) + 0.5)
+    axes = figure.subplots(len(maps), len(branches) + 1, squeeze=False)
+    share = shares.set_index(["stage", "branch"]).share
+    for row, (stage, by_branch) in zip(axes, maps.items(), strict=True):
+        row[0].imshow(image)
+        row[0].set_axis_off()
+        row[0].set_title(f"module {stage}")
+        limit = max(np.abs(values).max() for values in by_branch.values())
+        for ax, branch in zip(row[1:], branches, strict=True):
+            plots.plot_overlay(image, by_branch[branch], limit=limit, ax=ax)
+            ax.set_title(f"{branch}: {100 * share[stage, branch]:+.0f}%")
+    return figure
+
+
+@_styled
+def gradient_figure(flow: pd.DataFrame) -> Figure:
+    """Gradient RMS over depth by source, one panel per (norm, init), one log scale for all.
+
+    Columns: `norm`, `init`, and those of `plots.plot_gradient_flow`.
+    """
+    norms, inits = list(dict.fromkeys(flow.norm)), list(dict.fromkeys(flow.init))
+    figure = _figure("page", 2.1 * len(norms) + 0.3)
+    axes = figure.subplots(len(norms), len(inits), sharex=True, sharey=True, squeeze=False)
+    for row, norm in zip(axes, norms, strict=True):
+        for ax, init in zip(row, inits, strict=True):
+            chosen = flow[(flow.norm == norm) & (flow.init == init)]
+            plots.plot_gradient_flow(chosen, ax=ax).set_title(f"{norm}, {init}")
+        row[0].set_ylabel("gradient RMS (loss / weight)")
+    for ax in axes[-1]:
+        ax.set_xlabel("stage")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+@_styled
+def shares_figure(shares: pd.DataFrame) -> Figure:
+    """Total over main gradient RMS at the first convolution, per configuration and seed.
+
+    Columns: `configuration`, `seed`, `ratio`. 1 means that the heads add nothing there.
+    """
+    figure = _figure("column", 2.4)
+    ax = figure.subplots()
+    names = list(dict.fromkeys(shares.configuration))
+    ax.axvline(1, color=style.QUIET, linewidth=0.6)
+    for y, name in enumerate(names):
+        ratios = shares[shares.configuration == name].ratio
+        mean = np.exp(np.log(ratios).mean())
+        ax.scatter(ratios, [y] * len(ratios), s=14, color=style.SERIES[2], zorder=2)
+        ax.scatter([mean], [y], marker="|", s=90, color=style.SERIES[0], zorder=3)
+        ax.annotate(f"{mean:.3g}x", (ratios.max(), y), (7, 0), textcoords="offset points",
+                    va="center")  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xscale="log", xlabel="gradient RMS at conv1: total / main loss alone",
+           ylim=(len(names) - 0.5, -0.5))  # fmt: skip
+    ax.set_xlim(min(0.7, shares.ratio.min() * 0.8), max(2, shares.ratio.max() * 4))
+    return figure
+
+
+@_styled
+def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
+    """Loss and accuracy of the main classifier over training, with a band over seeds.
+
+    Columns: `step`, `seed`, `variant`, `loss` (nats), `accuracy`. Chance is drawn for `classes`.
+    """
+    figure = _figure("page", 2.7)
+    left, right = figure.subplots(1, 2)
+    plots.plot_training(metrics, "loss", ax=left).set(
+        title="Training loss", ylabel="cross-entropy of main (nats)"
+    )
+    plots.plot_training(metrics, "accuracy", ax=right).set(
+        title="Training accuracy", ylabel="fraction correct, main"
+    )
+    for ax, level in ((left, np.log(classes)), (right, 1 / classes)):
+        ax.axhline(level, color=style.QUIET, linewidth=0.6, linestyle=(0, (4, 3)))
+        ax.annotate("chance", (metrics.step.max(), level), (0, 2), textcoords="offset points",
+                    ha="right", fontsize=6.5, color=style.QUIET)  # fmt: skip
+    left.legend(loc="lower left")
+    right.set_ylim(bottom=0)
+    return figure
+
+
+class SavedFigure:
+    """The files of a saved figure; in a notebook it shows the PNG."""
+
+    def __init__(self, paths: dict[str, Path], alt: str, width: int) -> None:
+        self.paths, self.alt, self._width = paths, alt, width
+
+    def __repr__(self) -> str:
+        return f"figure {self.paths['png'].stem}: {self.alt}"
+
+    def _repr_mimebundle_(self, **_options) -> tuple[dict, dict]:
+        bundle = {"image/png": self.paths["png"].read_bytes(), "text/plain": repr(self)}
+        return bundle, {"image/png": {"width": self._width}}
+
+
+def save(
+    figure: Figure,
+    name: str,
+    *,
+    frame: pd.DataFrame,
+    alt: str,
+    directory: str | Path = ".",
+    latex: bool = False,
+) -> SavedFigure:
+    """Write a figure as PNG, SVG and PDF, with the data behind it as CSV (and a LaTeX table).
+
+    `name` is the files' stem (letters, digits, - and _); `alt` describes the picture in a
+    sentence, for readers who cannot see it. The same figure and frame give the same bytes.
+    Files go to `directory`, which is made if needed.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {kind: directory / f"{name}.{kind}" for kind in ("png", "svg", "pdf", "csv")}
+    undated = {"svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None},
+               "png": {"Description": alt}}  # fmt: skip
+    with style.context():
+        for kind, metadata in undated.items():
+            figure.savefig(paths[kind], metadata=metadata)
+    frame.to_csv(paths["csv"], index=False)
+    if latex:
+        paths["tex"] = directory / f"{name}.tex"
+        paths["tex"].write_text(frame.to_latex(index=False, escape=True, float_format="%.4g"))
+    return SavedFigure(paths, alt, round(figure.get_figwidth() * 100))

@@ -1,0 +1,272 @@
+"""Axes-level drawing: `plot_*(frame, *, ax=None) -> Axes`.
+
+Each takes a tidy frame (its columns are in the docstring), draws on `ax` or on new axes, and
+returns the axes. None titles, shows, saves, or touches global state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from gnetlab.draw import style
+
+AXIS_UNITS = {
+    "macs": (1e6, "multiply-adds (millions)"),
+    "parameters": (1e6, "parameters (millions)"),
+    "activations": (1e6, "activations (millions)"),
+}
+
+
+def _axes(ax: Axes | None) -> Axes:
+    return Figure(layout="constrained").subplots() if ax is None else ax
+
+
+def plot_stage_costs(costs: pd.DataFrame, value: str = "macs", *, ax: Axes | None = None) -> Axes:
+    """Horizontal bars per stage, stacked by branch. Columns: `stage`, `branch`, and `value`."""
+    ax = _axes(ax)
+    scale, label = AXIS_UNITS[value]
+    stages = style.stage_order(list(costs.stage))
+    sums = costs.groupby(["stage", "branch"])[value].sum().unstack(fill_value=0).astype(float)
+    left = np.zeros(len(stages))
+    for branch, color in style.BRANCH_COLORS.items():
+        if branch in sums and sums[branch].any():
+            width = sums[branch].reindex(stages, fill_value=0).to_numpy() / scale
+            ax.barh(stages, width, left=left, color=color, label=branch or "no branch",
+                    edgecolor="white", linewidth=0.4, height=0.78)  # fmt: skip
+            left += width
+    for y, total in enumerate(left):
+        ax.annotate(_short(total), (total, y), (2, 0), textcoords="offset points",
+                    va="center", fontsize=6, color=style.QUIET)  # fmt: skip
+    ax.invert_yaxis()
+    ax.set(xlabel=label)
+    ax.margins(x=0.1)
+    return ax
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def plot_grouped(
+    frame: pd.DataFrame,
+    value: str,
+    by: str,
+    *,
+    scale: float = 1.0,
+    label: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Bars side by side per stage, one per group. Columns: `stage`, `by`, and `value`."""
+    ax = _axes(ax)
+    stages = style.stage_order(list(frame.stage))
+    groups = list(dict.fromkeys(frame[by]))
+    height = 0.8 / len(groups)
+    for i, group in enumerate(groups):
+        of_group = frame[frame[by] == group]
+        values = of_group.groupby("stage")[value].sum().reindex(stages).astype(float) / scale
+        ax.barh(np.arange(len(stages)) + (i - (len(groups) - 1) / 2) * height, values, height,
+                color=style.SERIES[i], label=str(group))  # fmt: skip
+    ax.set_yticks(range(len(stages)), stages)
+    ax.invert_yaxis()
+    ax.set(xlabel=label or value)
+    return ax
+
+
+def plot_table_1(table: pd.DataFrame, quantity: str, *, ax: Axes | None = None) -> Axes:
+    """Computed over printed, row by row of Table 1; filled where they agree as printed.
+
+    Columns: `stage`, `macs`, `printed_ops`, `ops_agree`, `parameters`, `printed_params`,
+    `params_agree`. `quantity` is "ops" or "params".
+    """
+    ax = _axes(ax)
+    ops = quantity == "ops"
+    computed = table.macs / 1e6 if ops else table.parameters / 1024
+    printed, agree = table[f"printed_{quantity}"], table[f"{quantity}_agree"]
+    ratio = computed / printed
+    positions = np.arange(len(table))
+    ax.axvline(1, color=style.QUIET, linewidth=0.6)
+    ax.hlines(positions, 1, ratio, color=style.QUIET, linewidth=0.8)
+    ax.scatter(ratio[agree], positions[agree], color=style.SERIES[0], zorder=3, s=18,
+               label="agrees as printed")  # fmt: skip
+    ax.scatter(ratio[~agree], positions[~agree], facecolor="white", edgecolor=style.EMPHASIS,
+               zorder=3, s=18, label="does not")  # fmt: skip
+    for position, is_equal, c, p, r in zip(positions, agree, computed, printed, ratio, strict=True):
+        if not is_equal:
+            ax.annotate(f"{c:.4g} for {p:g}", (r, position), (5, 0), textcoords="offset points",
+                        va="center", fontsize=6, color=style.EMPHASIS)  # fmt: skip
+    ax.set_yticks(positions, table.stage)
+    ax.invert_yaxis()
+    unit = "ops (millions of MACs)" if ops else "weights (units of 1024)"
+    ax.set(xscale="log", xlabel=f"{unit}: computed / printed")
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    low, high = min(0.9, ratio.min()), max(1.1, ratio.max())
+    ax.set_xlim(low * 0.97, high * (high / low) ** 0.45)
+    return ax
+
+
+def plot_accuracy(
+    models: pd.DataFrame, highlight: dict[str, str], *, x: str = "macs", ax: Axes | None = None
+) -> Axes:
+    """Published top-1 accuracy against cost, log axis; chosen networks in colour with names.
+
+    Columns: `model`, `top1` (percent), and `x` (count). `highlight` maps model to its label.
+    """
+    ax = _axes(ax)
+    scale, label = AXIS_UNITS[x]
+    quiet = models[~models.model.isin(list(highlight))]
+    ax.scatter(quiet[x] / scale, quiet.top1, s=9, color=style.QUIET, alpha=0.45, linewidth=0)
+    for i, (model, name) in enumerate(highlight.items()):
+        point = models[models.model == model].iloc[0]
+        color = style.EMPHASIS if i == 0 else style.SERIES[0]
+        ax.scatter(point[x] / scale, point.top1, s=24, color=color, zorder=3)
+        ax.annotate(name, (point[x] / scale, point.top1), (5, -3), textcoords="offset points",
+                    va="top", color=color, fontsize=7)  # fmt: skip
+    ax.set(xscale="log", xlabel=label, ylabel="published top-1 accuracy (%)")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    return ax
+
+
+def plot_latency(latency: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Milliseconds per image over batch size, one line per model, bars for the quartile range.
+
+    Columns: `model`, `batch_size`, `seconds` (median per batch), `iqr`.
+    """
+    ax = _axes(ax)
+    for i, (model, rows) in enumerate(latency.groupby("model", sort=False)):
+        per_image = 1000 * rows.seconds / rows.batch_size
+        ax.errorbar(rows.batch_size, per_image, yerr=500 * rows.iqr / rows.batch_size,
+                    marker="o", color=style.SERIES[i], capsize=2, label=model)  # fmt: skip
+        ax.annotate(model, (rows.batch_size.iloc[-1], per_image.iloc[-1]), (4, 5), fontsize=7,
+                    textcoords="offset points", ha="right", color=style.SERIES[i])  # fmt: skip
+    ax.set(xscale="log", xlabel="images per batch", ylabel="time per image (ms)")
+    ax.set_xticks(sorted(latency.batch_size.unique()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(bottom=0)
+    ax.margins(y=0.15)
+    return ax
+
+
+def plot_ratios(ratios: pd.Series, *, ax: Axes | None = None) -> Axes:
+    """A lollipop per ratio (index: what is compared), on a log axis with 1 marked."""
+    ax = _axes(ax)
+    ax.axvline(1, color=style.QUIET, linewidth=0.6)
+    ax.hlines(list(ratios.index), 1, ratios, color=style.QUIET, linewidth=1)
+    ax.scatter(ratios, list(ratios.index), color=style.SERIES[0], zorder=3, s=22)
+    for name, ratio in ratios.items():
+        ax.annotate(f"{ratio:.3g}x", (ratio, name), (6, 0), textcoords="offset points",
+                    va="center", fontsize=7)  # fmt: skip
+    ax.invert_yaxis()
+    ax.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5))
+    ax.set_xlim(min(1, ratios.min()) * 0.85, max(2, ratios.max()) * 1.8)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    return ax
+
+
+def plot_by_depth(statistics: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
+    """One line per branch over the stages. Columns: `stage`, `branch`, and `value`."""
+    ax = _axes(ax)
+    stages = style.stage_order(list(statistics.stage))
+    for branch, rows in statistics.groupby("branch", sort=False):
+        values = rows.groupby("stage")[value].mean().reindex(stages)
+        ax.plot(range(len(stages)), values, marker="o", color=style.BRANCH_COLORS[branch],
+                label=branch)  # fmt: skip
+    ax.set_xticks(range(len(stages)), stages)
+    ax.set(xlabel="Inception module")
+    return ax
+
+
+def plot_montage(
+    maps: np.ndarray, columns: int, *, limits: tuple[float, float] | None = None,
+    cmap: str = "magma", ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Feature maps (channels x height x width) side by side in `columns`, each to its own range.
+
+    `limits` gives all of them one range instead. The last row is filled with blanks.
+    """
+    ax = _axes(ax)
+    count, height, width = maps.shape
+    rows = -(-count // columns)
+    gap = max(1, round(height / 14))
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap), np.nan)
+    for i, one in enumerate(maps):
+        low, high = limits or (one.min(), one.max())
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        scaled = (one - low) / (high - low) if high > low else np.zeros_like(one)
+        sheet[top : top + height, left : left + width] = scaled
+    ax.imshow(sheet, cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def plot_overlay(
+    image: np.ndarray, attribution: np.ndarray, *, limit: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Signed attribution (h x w) over a faded image (H x W x 3 uint8): red for, blue against."""
+    ax = _axes(ax)
+    height, width = image.shape[:2]
+    limit = limit or np.abs(attribution).max() or 1.0
+    grey = image.mean(axis=2) / 255 * 0.45 + 0.5
+    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+    ax.imshow(attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, width, height, 0),
+              alpha=np.clip(np.abs(attribution) / limit, 0, 1) ** 0.5 * 0.85,
+              interpolation="nearest")  # fmt: skip
+    ax.set_axis_off()
+    return ax
+
+
+def plot_gradient_flow(flow: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Gradient RMS over depth, one line per source: geometric mean over layers and seeds.
+
+    Columns: `stage`, `source`, `gradient_rms`, and `seed` (the band is its range, stage by stage).
+    Heads' own layers are left out: the trunk is what the losses share.
+    """
+    ax = _axes(ax)
+    trunk = flow[~flow.stage.isin(["aux1", "aux2"]) & (flow.gradient_rms > 0)]
+    stages = style.stage_order(list(trunk.stage))
+    logs = trunk.assign(log=np.log10(trunk.gradient_rms))
+    per_seed = logs.groupby(["source", "stage", "seed"]).log.mean()
+    for source, color in style.SOURCE_COLORS.items():
+        if source not in per_seed.index.get_level_values("source"):
+            continue
+        groups = per_seed[source].groupby("stage")
+        low, mid, high = (
+            10 ** getattr(groups, f)().reindex(stages) for f in ("min", "mean", "max")
+        )
+        wide = source == "total"  # below the others, which it covers where they agree
+        ax.plot(range(len(stages)), mid, color=color, label=style.SOURCE_LABELS[source],
+                linewidth=4 if wide else 1.3, zorder=1 if wide else 2,
+                marker="" if wide else "o", markersize=2.5)  # fmt: skip
+        ax.fill_between(range(len(stages)), low, high, color=color, alpha=0.2, linewidth=0)
+    ax.set_xticks(range(len(stages)), stages)
+    ax.set(yscale="log")
+    return ax
+
+
+def plot_training(
+    metrics: pd.DataFrame, value: str = "loss", *, by: str = "variant", smooth: int = 10,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Training curves: one colour per `by`, thin lines per seed, thick their mean, band the range.
+
+    Columns: `step`, `seed`, `by`, and `value`; each seed is smoothed over `smooth` steps.
+    """
+    ax = _axes(ax)
+    for i, (variant, rows) in enumerate(metrics.groupby(by, sort=False)):
+        table = rows.pivot_table(index="step", columns="seed", values=value)
+        table = table.rolling(smooth, min_periods=1).mean()
+        color = style.SERIES[i]
+        ax.plot(table.index, table, color=color, linewidth=0.5, alpha=0.6)
+        ax.plot(table.index, table.mean(axis=1), color=color, label=str(variant), linewidth=1.6)
+        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15,
+                        linewidth=0)  # fmt: skip
+    ax.set(xlabel="training step")
+    return ax

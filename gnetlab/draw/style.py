@@ -1,0 +1,77 @@
+"""One look for every figure: colours, sizes, fonts, and a context manager that applies them.
+
+One thing has one colour everywhere. The colours differ in lightness too, so that the figures
+survive a grey printer and colour-blind readers (a test holds the distances).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import matplotlib
+
+BRANCH_COLORS = {
+    "1x1": "#22316C",
+    "3x3": "#C4451C",
+    "5x5": "#3BA99C",
+    "pool": "#EBB94B",
+    "": "#9A9A9A",  # outside the branches: stem, head, plain networks
+}
+SOURCE_COLORS = {"main": "#1A1A1A", "aux1": "#B0307A", "aux2": "#5B9BD5", "total": "#A9A9A9"}
+SOURCE_LABELS = {
+    "main": "main loss",
+    "aux1": "aux1 (after 4a)",
+    "aux2": "aux2 (after 4d)",
+    "total": "total",
+}
+EMPHASIS, QUIET = "#C4451C", "#8A8A8A"
+# For variants without a colour of their own (networks, heads on or off), in order of use.
+SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227")
+
+STAGES = ("stem", "3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "head")
+WIDTHS = {"column": 3.5, "page": 7.2}  # inches
+
+_SETTINGS = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the same everywhere
+    "font.size": 7.5,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType, embedded: editable and accepted by publishers
+    "svg.fonttype": "path",
+    "svg.hashsalt": "gnetlab",  # the same figure gives the same file
+}
+
+
+@contextlib.contextmanager
+def context() -> Iterator[None]:
+    """Figures made or saved inside have gnetlab's look; global settings are as before after it."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def stage_order(stages: list[str]) -> list[str]:
+    """Stages in forward order: GoogLeNet's known ones first, others as they come.
+
+    >>> stage_order(["head", "3a", "stem"])
+    ['stem', '3a', 'head']
+    """
+    seen = list(dict.fromkeys(stages))
+    known = [stage for stage in STAGES if stage in seen]
+    others = [stage for stage in seen if stage not in STAGES]
+    return [s for s in known if s != "head"] + others + (["head"] if "head" in seen else [])

@@ -1,0 +1,258 @@
+"""What the paper claims, the criterion for each, and the verdict on what a notebook measured.
+
+`CLAIMS`   every claim with its source, where it is measured, and a criterion fixed before the run
+`check()`  judge a measurement, keep it for the report, and show the row in the notebook
+`facts()`  keep what the report's manifest should say of a notebook: weights, device, data
+`collect()`  all kept verdicts of a report
+
+A criterion sees only the measured numbers. A verdict is "supported", "not supported", "depends"
+(the reason names the condition) or "not measured" (the reason says why).
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
+DEPENDS, NOT_MEASURED = "depends", "not measured"
+Judgement = tuple[str, str]  # verdict, reason
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`needs` are the measured numbers (name: meaning) that `judge` gets."""
+
+    id: str
+    text: str
+    source: str
+    notebook: str
+    section: str
+    criterion: str
+    needs: Mapping[str, str]
+    judge: Callable[[Mapping[str, Any]], Judgement]
+
+
+def _depth_22(m: Mapping[str, Any]) -> Judgement:
+    close = abs(m["macs"] / 1.5e9 - 1) <= 0.1
+    facts = f"{m['layers']} layers, {m['macs'] / 1e9:.3f} G multiply-adds"
+    if m["layers"] != 22 or not close:
+        return NOT_SUPPORTED, facts
+    if m["rows_that_disagree"]:
+        rows = ", ".join(m["rows_that_disagree"])
+        return DEPENDS, f"{facts}; but Table 1's operations do not add up in: {rows}"
+    return SUPPORTED, f"{facts}; every row of Table 1 agrees"
+
+
+def _vgg_cost(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        f"VGG-16 is {m['top1_gain']:+.1f} points at {m['mac_ratio']:.1f}x the multiply-adds, "
+        f"{m['parameter_ratio']:.1f}x the parameters and {m['time_ratio']:.1f}x the time"
+    )
+    similar = abs(m["top1_gain"]) <= 3
+    if not similar or min(m["mac_ratio"], m["parameter_ratio"]) < 5:
+        return NOT_SUPPORTED, facts
+    if m["time_ratio"] < 5:
+        return DEPENDS, f"in multiply-adds and parameters, less so in time on this device: {facts}"
+    return SUPPORTED, facts
+
+
+def _reduction(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        f"without reductions the modules cost {m['mac_ratio']:.1f}x as many multiply-adds, and "
+        f"the output grows to {m['final_width_ratio']:.1f}x as many channels"
+    )
+    if m["mac_ratio"] >= 2 and m["width_grows"]:
+        return SUPPORTED, facts
+    if m["mac_ratio"] >= 2 or m["width_grows"]:
+        return DEPENDS, f"only one of cost and width: {facts}"
+    return NOT_SUPPORTED, facts
+
+
+def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
+    ratios = m["ratios"]
+    helped = [name for name, ratio in ratios.items() if ratio >= 2]
+    facts = "; ".join(f"{name}: {ratio:.3g}x" for name, ratio in ratios.items())
+    facts = f"gradient at conv1 with heads over without, at initialization: {facts}"
+    if "escaped_with_heads" in m:
+        facts += (
+            f". Left the plateau in {m['steps']} steps: {m['escaped_with_heads']} of {m['seeds']} "
+            f"seeds with heads, {m['escaped_without_heads']} of {m['seeds']} without"
+        )
+    if len(helped) == len(ratios):
+        return SUPPORTED, facts
+    if helped:
+        return DEPENDS, f"yes for {', '.join(helped)} only. {facts}"
+    return NOT_SUPPORTED, facts
+
+
+_PAPER = "arXiv 1409.4842"
+CLAIMS: dict[str, Claim] = {
+    claim.id: claim
+    for claim in (
+        Claim(
+            "depth-22",
+            "The network is 22 layers deep, counting layers with parameters, and needs about "
+            "1.5 billion multiply-adds at 224 x 224; Table 1 says where.",
+            f"{_PAPER}, sections 1 and 5, Table 1",
+            "01_compute_cost",
+            "Does Table 1 add up?",
+            "22 layers, multiply-adds within 10% of 1.5 billion, and every row's operations equal "
+            "to the printed number when rounded; depends if only rows differ",
+            {
+                "layers": "layers with parameters along the deepest path",
+                "macs": "multiply-adds of the paper preset at 224 x 224",
+                "rows_that_disagree": "rows of Table 1 whose operations differ as printed",
+            },
+            _depth_22,
+        ),
+        Claim(
+            "vgg-cost",
+            "VGG reaches a similar accuracy at many times the compute and parameters.",
+            f"{_PAPER}, Table 2 (accuracy); Inception v3, arXiv 1512.00567, section 1 (cost)",
+            "01_compute_cost",
+            "What does a multiply-add buy?",
+            "published top-1 within 3 points, and at least 5x the multiply-adds and parameters; "
+            "depends if the measured time is less than 5x",
+            {
+                "top1_gain": "published top-1 of VGG-16 minus GoogLeNet's, points",
+                "mac_ratio": "multiply-adds, VGG-16 over GoogLeNet",
+                "parameter_ratio": "parameters, VGG-16 over GoogLeNet",
+                "time_ratio": "time per image measured here at batch 1, VGG-16 over GoogLeNet",
+            },
+            _vgg_cost,
+        ),
+        Claim(
+            "reduction",
+            "1x1 reductions make 3x3 and 5x5 convolutions affordable; without them the pool "
+            "branch blows the width up stage by stage.",
+            f"{_PAPER}, section 4, Figure 2",
+            "01_compute_cost",
+            "What do the 1x1 reductions save?",
+            "without reductions at least 2x the multiply-adds over the nine modules, and a width "
+            "that grows from every module to the next; depends if only one holds",
+            {
+                "mac_ratio": "multiply-adds of the nine modules, naive over reduced",
+                "final_width_ratio": "output channels of 5b, naive over reduced",
+                "width_grows": "whether the naive width grows from every module to the next",
+            },
+            _reduction,
+        ),
+        Claim(
+            "aux-gradient",
+            "Auxiliary heads keep gradient alive in the lower layers.",
+            f"{_PAPER}, section 5",
+            "03_auxiliary_heads",
+            "Where does the gradient come from?",
+            "at initialization the heads at least double the gradient RMS of conv1 in every "
+            "configuration measured; depends if in some of them",
+            {"ratios": "configuration -> gradient RMS at conv1, total over main alone"},
+            _aux_gradient,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged claim; in a notebook it shows as a table row."""
+
+    id: str
+    verdict: str
+    reason: str
+    measured: Mapping[str, Any]
+    figure: str | None
+    notebook: str
+    text: str
+    source: str
+    criterion: str
+
+    def _repr_html_(self) -> str:
+        cells = {
+            "claim": f"{self.text} ({self.source})",
+            "criterion": self.criterion,
+            "measured": self.reason,
+            "verdict": self.verdict,
+        }
+        rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in cells.items())
+        return f"<table class='claim'>{rows}</table>"
+
+    def __repr__(self) -> str:
+        return f"{self.id}: {self.verdict} ({self.reason})"
+
+
+def check(
+    claim_id: str,
+    measured: Mapping[str, Any] | None,
+    *,
+    directory: str | Path = ".",
+    figure: str | None = None,
+    reason: str = "",
+) -> Verdict:
+    """Judge a claim by its criterion and keep the verdict in `directory`/claims.
+
+    `measured` holds the numbers that the claim needs (more are kept, for the reader); None means
+    not measured, and then `reason` says why. `figure` is the saved figure's name that shows it.
+
+    Raises ValueError for an unknown claim, a missing number, or None without a reason.
+    """
+    if claim_id not in CLAIMS:
+        raise ValueError(f"unknown claim {claim_id!r}. Known: {', '.join(CLAIMS)}")
+    claim = CLAIMS[claim_id]
+    if measured is None:
+        if not reason:
+            raise ValueError(f"claim {claim_id!r}: measured=None needs a reason")
+        verdict = NOT_MEASURED
+    else:
+        missing = [f"{name} ({what})" for name, what in claim.needs.items() if name not in measured]
+        if missing:
+            raise ValueError(f"claim {claim_id!r} needs {'; '.join(missing)}")
+        verdict, reason = claim.judge(measured)
+    judged = Verdict(claim_id, verdict, reason, dict(measured or {}), figure, claim.notebook,
+                     claim.text, claim.source, claim.criterion)  # fmt: skip
+    folder = Path(directory) / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(asdict(judged), indent=1, default=_plain, ensure_ascii=False)
+    (folder / f"{claim_id}.json").write_text(text + "\n", encoding="utf-8")
+    return judged
+
+
+def facts(*, directory: str | Path = ".", **values: str | int | float) -> None:
+    """Keep facts (weights="...", device="...") for the manifest, beside the verdicts."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(values, indent=1, default=_plain, ensure_ascii=False)
+    (folder / "facts.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and pandas' numbers and arrays as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be kept with a claim; give a number or text")
+
+
+def collect(directories: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Every claim in order: its kept verdict, or "not measured".
+
+    `directories` maps a notebook's name to its output folder. A claim whose notebook is not among
+    them, or left no verdict (it failed before), says so.
+    """
+    rows = []
+    for claim in CLAIMS.values():
+        folder = directories.get(claim.notebook)
+        kept = folder / "claims" / f"{claim.id}.json" if folder else None
+        if kept and kept.is_file():
+            rows.append(json.loads(kept.read_text(encoding="utf-8")))
+            continue
+        reason = (
+            f"{claim.notebook} was not run" if folder is None else "the notebook did not get there"
+        )
+        verdict = Verdict(claim.id, NOT_MEASURED, reason, {}, None, claim.notebook, claim.text,
+                          claim.source, claim.criterion)  # fmt: skip
+        rows.append(asdict(verdict))
+    return rows

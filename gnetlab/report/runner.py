@@ -1,0 +1,381 @@
+"""Notebooks through papermill: plan, check, execute, keep what is good, say what happened.
+
+`find_notebooks()`  the notebooks by name, or all of them
+`plan()`            jobs with checked parameters, or one `ReportError` with every problem
+`run()`             executes jobs one by one, each in a kernel of its own; returns the manifest
+`publish()`         copies the figures and the manifest of a complete report
+
+A notebook is "done" only if every code cell ran and none raised: papermill's own word is not
+taken for it (it reports success after `sys.exit(0)`). A notebook's folder appears under its name
+only when it is complete; a failed one goes to failed/, and the last good one stays.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+import gnetlab
+from gnetlab.report import claims
+
+PACKAGES = (
+    "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
+    "papermill", "scikit-image",
+)  # fmt: skip
+FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex")
+Progress = Callable[["Job"], None]
+
+
+class ReportError(Exception):
+    """What was asked cannot be run; nothing was."""
+
+
+@dataclass
+class Job:
+    """A notebook to execute. `status`: queued, running, done, failed or cancelled."""
+
+    name: str
+    source: Path
+    parameters: dict[str, Any]
+    cells: int
+    status: str = "queued"
+    cell: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    folder: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def notebooks_folder() -> Path:
+    """./notebooks, else the folder beside the installed source."""
+    beside = Path(gnetlab.__file__).resolve().parent.parent / "notebooks"
+    for folder in (Path("notebooks"), beside):
+        if any(folder.glob("*.ipynb")):
+            return folder.resolve()
+    raise ReportError(
+        f"no notebooks found in ./notebooks or {beside}; run from a clone of the repository, or "
+        "give paths of notebooks"
+    )
+
+
+def find_notebooks(names: list[str]) -> list[Path]:
+    """Notebooks by path, name or beginning of a name ("02"); all of them for an empty list."""
+    paths = [Path(name).resolve() for name in names if name.endswith(".ipynb")]
+    missing = [str(path) for path in paths if not path.is_file()]
+    rest = [name for name in names if not name.endswith(".ipynb")]
+    if rest or not names:
+        known = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
+        if not names:
+            return list(known.values())
+        for name in rest:
+            found = [path for stem, path in known.items() if stem.startswith(name)]
+            paths += found
+            if not found:
+                missing.append(f"{name} (known: {', '.join(known)})")
+    if missing:
+        raise ReportError(f"no such notebook: {'; '.join(missing)}")
+    return list(dict.fromkeys(paths))
+
+
+def plan(
+    notebooks: list[Path], parameters: Mapping[str, str], common: Mapping[str, Any]
+) -> list[Job]:
+    """Check everything before anything runs; one ReportError lists every problem.
+
+    `parameters` come from the command line as text: each must exist in at least one notebook's
+    cell tagged "parameters", and fit the type of its default there; a notebook gets those it has.
+    `common` (profile, device) must exist in all of them.
+    """
+    problems: list[str] = []
+    known: dict[str, dict[str, Any]] = {}
+    cells: dict[str, int] = {}
+    for path in notebooks:
+        try:
+            known[path.stem], cells[path.stem] = _inspect(path)
+        except ReportError as error:
+            problems.append(str(error))
+    everywhere = sorted({name for defaults in known.values() for name in defaults} - {"output_dir"})
+    for name in parameters:
+        if known and name not in everywhere:
+            near = difflib.get_close_matches(name, everywhere, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(f"unknown parameter {name}.{hint} Known: {', '.join(everywhere)}")
+    jobs = []
+    for path in notebooks:
+        defaults = known.get(path.stem)
+        if defaults is None:
+            continue
+        lacking = [name for name in (*common, "output_dir") if name not in defaults]
+        if lacking:
+            problems.append(f"{path.name}: its parameters cell lacks {', '.join(lacking)}")
+        values: dict[str, Any] = dict(common)
+        for name, text in parameters.items():
+            if name in defaults:
+                try:
+                    values[name] = _typed(name, text, defaults[name])
+                except ReportError as error:
+                    problems.append(f"{path.name}: {error}")
+        jobs.append(Job(path.stem, path, values, cells[path.stem]))
+    if problems:
+        raise ReportError("\n".join(dict.fromkeys(problems)))
+    return jobs
+
+
+def _inspect(path: Path) -> tuple[dict[str, Any], int]:
+    """Parameters with their defaults, and the number of cells."""
+    import papermill
+
+    try:
+        notebook = nbformat.read(path, as_version=4)
+        tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+        if len(tagged) != 1:
+            raise ReportError(
+                f"{path.name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one"
+            )
+        # papermill's word on what is a parameter; its types are guesses, so the default decides.
+        inferred = papermill.inspect_notebook(str(path))
+        return {name: _literal(p["default"]) for name, p in inferred.items()}, len(notebook.cells)
+    except ReportError:
+        raise
+    except Exception as error:  # nbformat and papermill raise many kinds
+        raise ReportError(f"{path} is not a notebook: {str(error)[:200]}") from error
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None  # an expression: any value fits
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if default is not None and type(value) is not type(default):
+        raise ReportError(
+            f"parameter {name} takes {type(default).__name__} (default {default!r}), "
+            f"but {text!r} was given"
+        )
+    return value
+
+
+def run(
+    jobs: list[Job], output: Path, *, command: str = "", progress: Progress = lambda _job: None
+) -> dict[str, Any]:
+    """Execute the jobs in order, into `output`; a failed one does not stop the next.
+
+    Returns the manifest, which is also written to `output`/manifest.json. `progress` is called
+    whenever a job changes. After a KeyboardInterrupt the running and the remaining jobs are
+    "cancelled" and the manifest is still returned.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"cannot write to {output}: {error}; choose another --output") from error
+    started = datetime.datetime.now(datetime.UTC)
+    try:
+        for job in jobs:
+            _execute(job, output, progress)
+    except KeyboardInterrupt:
+        for job in jobs:
+            if job.status in ("queued", "running"):
+                job.status, job.error = "cancelled", "interrupted"
+    manifest = _manifest(jobs, output, command, started)
+    _write(output / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def _execute(job: Job, output: Path, progress: Progress) -> None:
+    import papermill
+
+    part = output / f".part-{job.name}"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    executed = part / f"{job.name}.ipynb"
+
+    def on_cell(**event: Any) -> None:
+        job.cell, job.seconds = event["cell_index"] + 1, time.monotonic() - start
+        progress(job)
+
+    job.status, start = "running", time.monotonic()
+    progress(job)
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not a user's own
+    try:
+        papermill.execute_notebook(
+            job.source,
+            executed,
+            parameters={**job.parameters, "output_dir": "."},
+            cwd=part,
+            kernel_name="python3",
+            progress_bar=False,
+            on_cell_start=on_cell,
+        )
+        job.error = _unfinished(executed)
+    except KeyboardInterrupt:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    except Exception as error:  # whatever it is, the other notebooks still run
+        job.error = _cause(error)
+    job.seconds = time.monotonic() - start
+    job.status = "failed" if job.error else "done"
+    if executed.is_file():
+        _normalize(executed)
+    facts = part / "facts.json"
+    job.facts = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    target = output / job.name if job.status == "done" else output / "failed" / job.name
+    _replace(part, target)
+    if job.status == "done":
+        shutil.rmtree(output / "failed" / job.name, ignore_errors=True)
+    job.folder = target
+    progress(job)
+
+
+def _unfinished(executed: Path) -> str:
+    """Why an executed notebook is not complete; empty if it is."""
+    cells = [c for c in nbformat.read(executed, as_version=4).cells if c.cell_type == "code"]
+    for number, cell in enumerate(cells, 1):
+        if any(out.output_type == "error" for out in cell.outputs):
+            return f"code cell {number} raised"
+        if cell.source.strip() and cell.execution_count is None:
+            return f"code cell {number} never ran (the kernel ended before it)"
+    return ""
+
+
+def _cause(error: Exception) -> str:
+    if type(error).__name__ == "PapermillExecutionError":
+        return f"{error.ename}: {error.evalue}"
+    return f"{type(error).__name__}: {str(error)[:500]}"
+
+
+def _normalize(executed: Path) -> None:
+    """Drop what papermill and nbclient add about this run and this machine."""
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        if "papermill-error-cell-tag" in cell.metadata.get("tags", []):
+            cell.metadata["tags"] = ["error"]
+    nbformat.write(notebook, executed)
+
+
+def _replace(part: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".part-{path.name}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def figures_of(folder: Path) -> list[dict[str, Any]]:
+    """Saved figures of a notebook's folder: name, alt text, and files with their SHA-256."""
+    from PIL import Image
+
+    figures = []
+    for png in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns):
+        with Image.open(png) as image:
+            alt, size = image.info.get("Description", ""), image.size
+        files = {
+            kind: {"path": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for kind in FIGURE_FILES
+            if (path := png.with_suffix(f".{kind}")).is_file()
+        }
+        figures.append({"name": png.stem, "alt": alt, "pixels": list(size), "files": files})
+    return figures
+
+
+def _manifest(
+    jobs: list[Job], output: Path, command: str, started: datetime.datetime
+) -> dict[str, Any]:
+    entries = [
+        {
+            "name": job.name,
+            "status": job.status,
+            "error": job.error,
+            "seconds": round(job.seconds, 1),
+            "parameters": job.parameters,
+            "facts": job.facts,
+            "folder": str(job.folder.relative_to(output)) if job.folder else None,
+            "figures": figures_of(job.folder) if job.status == "done" and job.folder else [],
+        }
+        for job in jobs
+    ]
+    done = {job.name: job.folder for job in jobs if job.folder and job.status == "done"}
+    return {
+        "schema": 1,
+        "command": command,
+        "started": started.isoformat(timespec="seconds"),
+        "gnetlab": gnetlab.__version__,
+        "git": _git(jobs[0].source.parent if jobs else Path()),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "notebooks": entries,
+        "claims": claims.collect(done),
+    }
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the notebooks' repository, and whether something in it was changed since."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = ["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        return {"commit": commit, "dirty": bool(changed.strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Path]:
+    """Copy every figure's files and the manifest to `target`, replacing what is there.
+
+    Raises ReportError unless all notebooks there are were run and are done.
+    """
+    run_here = {entry["name"] for entry in manifest["notebooks"] if entry["status"] == "done"}
+    lacking = sorted({path.stem for path in notebooks_folder().glob("*.ipynb")} - run_here)
+    if lacking:
+        raise ReportError(f"--publish needs every notebook done; lacking: {', '.join(lacking)}")
+    part = target.with_name(f".part-{target.name}")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    copied = []
+    for entry in manifest["notebooks"]:
+        for figure in entry["figures"]:
+            for file in figure["files"].values():
+                shutil.copy2(output / entry["folder"] / file["path"], part)
+                copied.append(target / file["path"])
+    shutil.copy2(output / "manifest.json", part)
+    _replace(part, target)
+    return copied
