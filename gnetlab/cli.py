@@ -240,3 +240,7 @@ def info() -> None:
     folders = [f for f in data.FASHION_MNIST_FOLDERS if Path(f).expanduser().is_dir()]
     table.add_row("data fashion-mnist", folders[0] if folders else "not on this machine")
     Console(highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,10 +19,13 @@ from gnetlab.draw import plots, style
 
 
 def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Give a figure function gnetlab's look, the footer `note`, and its summary as alt text."""
+
     @wraps(make)
     def styled(*args, note: str = "", **options) -> Figure:
         with style.context():
             figure = make(*args, **options)
+            figure.set_label(f"{(make.__doc__ or '').splitlines()[0]} {note}".strip())
             if note:
                 figure.supxlabel(note, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
             return figure
@@ -38,26 +41,22 @@ def _figure(width: str, height: float) -> Figure:
 
 @_styled
 def cost_figure(costs: pd.DataFrame) -> Figure:
-    """MACs and parameters per stage, stacked by branch, one column per network.
+    """MACs and parameters: the networks on one scale, then each per stage on its own.
 
-    Columns: `model`, `stage`, `branch`, `macs`, `parameters`. Both networks on one scale.
+    Columns: `model`, `stage`, `branch`, `macs`, `parameters`. Bars are stacked by branch.
     """
     models = list(dict.fromkeys(costs.model))
     figure = _figure("page", 4.6)
-    axes = figure.subplots(2, len(models), sharex="row", squeeze=False)
-    for row, value in enumerate(("macs", "parameters")):
-        for column, model in enumerate(models):
+    axes = figure.subplots(2, len(models) + 1, squeeze=False)
+    for row, value in zip(axes, ("macs", "parameters"), strict=True):
+        whole = costs.assign(stage=costs.model)
+        plots.plot_stage_costs(whole, value, ax=row[0]).set_title("On one scale")
+        for ax, model in zip(row[1:], models, strict=True):
             of_model = costs[costs.model == model]
-            ax = plots.plot_stage_costs(of_model, value, ax=axes[row, column])
-            total = of_model[value].sum()
-            unit = (
-                f"{total / 1e9:.2f} G multiply-adds"
-                if row == 0
-                else f"{total / 1e6:.1f} M parameters"
-            )
-            ax.set_title(f"{model}: {unit}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    axes[0, 0].legend(handles, labels, title="branch", loc="lower right", title_fontsize=7)
+            plots.plot_stage_costs(of_model, value, ax=ax).set_title(f"{model}, own scale")
+    handles, labels = axes[0, 1].get_legend_handles_labels()
+    figure.legend(handles, [f"{label} branch".replace("no branch branch", "outside the modules")
+                            for label in labels], loc="outside upper center", ncols=5)  # fmt: skip
     return figure
 
 
@@ -84,7 +83,10 @@ def reduction_figure(modules: pd.DataFrame) -> Figure:
 
 @_styled
 def table_1_figure(table: pd.DataFrame) -> Figure:
-    """Table 1 of the paper, computed over printed (columns: `gnetlab.measure.costs.table_1`)."""
+    """Table 1 of the paper: computed over printed, row by row.
+
+    Columns: those of `gnetlab.measure.costs.table_1`.
+    """
     figure = _figure("page", 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
     plots.plot_table_1(table, "ops", ax=left).set_title("Multiply-adds")
@@ -96,7 +98,10 @@ def table_1_figure(table: pd.DataFrame) -> Figure:
 
 @_styled
 def accuracy_figure(models: pd.DataFrame, highlight: Mapping[str, str]) -> Figure:
-    """Published accuracy against MACs and against parameters (columns: `plots.plot_accuracy`)."""
+    """Published accuracy against multiply-adds and against parameters.
+
+    Columns: `model`, `top1`, `macs`, `parameters`; `highlight` maps model to its label.
+    """
     figure = _figure("page", 3.0)
     left, right = figure.subplots(1, 2, sharey=True)
     plots.plot_accuracy(models, dict(highlight), x="macs", ax=left)
@@ -110,6 +115,7 @@ def latency_figure(latency: pd.DataFrame, ratios: pd.Series, title: str) -> Figu
     figure = _figure("page", 2.6)
     left, right = figure.subplots(1, 2)
     plots.plot_latency(latency, ax=left).set_title("Measured time")
+    left.legend(loc="best")
     plots.plot_ratios(ratios, ax=right).set_title(title)
     right.set_xlabel("ratio")
     return figure
@@ -117,30 +123,37 @@ def latency_figure(latency: pd.DataFrame, ratios: pd.Series, title: str) -> Figu
 
 @_styled
 def maps_figure(
-    image: np.ndarray, maps: Mapping[str, Mapping[str, np.ndarray]], *, columns: int = 6
+    image: np.ndarray,
+    maps: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    columns: int = 6,
+    caption: str = "",
 ) -> Figure:
     """Feature maps of the branches: one row per module, one column per branch.
 
-    `image` H x W x 3 uint8; `maps` stage -> branch -> channels x height x width, already chosen.
+    `image` H x W x 3 uint8; `maps` stage -> branch -> channels x height x width, already chosen;
+    `caption` stands beside the image.
     """
     branches = list(next(iter(maps.values())))
-    figure = _figure("page", 0.75 * len(maps) + 0.6)
-    axes = figure.subplots(len(maps), len(branches) + 1, squeeze=False,
-                           width_ratios=[0.36, *[1] * len(branches)])  # fmt: skip
-    for row, (stage, by_branch) in zip(axes, maps.items(), strict=True):
-        row[0].set_axis_off()
+    figure = _figure("page", 0.72 * len(maps) + 1.2)
+    axes = figure.subplots(
+        len(maps) + 1, len(branches) + 1, squeeze=False,
+        width_ratios=[0.36, *[1] * len(branches)], height_ratios=[1.1, *[1] * len(maps)],
+    )  # fmt: skip
+    for ax in axes[:, 0]:
+        ax.set_axis_off()
+    for ax, branch in zip(axes[0, 1:], branches, strict=True):
+        ax.set_axis_off()
+        ax.text(0, 0, f"{branch} branch", transform=ax.transAxes, fontweight="bold", fontsize=8.5)
+    axes[0, 0].imshow(image)
+    beside = axes[0, 1].text(0, 0.9, caption, transform=axes[0, 1].transAxes, va="top")
+    beside.set_in_layout(False)  # it runs on over the empty cells to its right
+    for row, (stage, by_branch) in zip(axes[1:], maps.items(), strict=True):
         height, width = next(iter(by_branch.values())).shape[1:]
-        text = f"{stage}\n{height}x{width}"
-        row[0].text(0.9, 0.5, text, transform=row[0].transAxes, ha="right", va="center")
+        row[0].text(0.9, 0.5, f"{stage}\n{height} x {width}", transform=row[0].transAxes,
+                    ha="right", va="center")  # fmt: skip
         for ax, branch in zip(row[1:], branches, strict=True):
             plots.plot_montage(by_branch[branch], columns, ax=ax)
-    for ax, branch in zip(axes[0, 1:], branches, strict=True):
-        ax.set_title(f"{branch} branch", color=style.BRANCH_COLORS[branch], fontweight="bold")
-    axes[0, 0].clear()
-    axes[0, 0].imshow(image)
-    axes[0, 0].set_axis_off()
-    first = next(iter(maps))
-    axes[0, 0].set_title(f"input, {first}:", fontsize=6.5)
     return figure
 
 
@@ -227,8 +240,9 @@ def shares_figure(shares: pd.DataFrame) -> Figure:
         ax.annotate(f"{mean:.3g}x", (ratios.max(), y), (7, 0), textcoords="offset points",
                     va="center")  # fmt: skip
     ax.set_yticks(range(len(names)), names)
-    ax.set(xscale="log", xlabel="gradient RMS at conv1: total / main loss alone",
+    ax.set(xscale="log", xlabel="gradient at conv1: total / main alone",
            ylim=(len(names) - 0.5, -0.5))  # fmt: skip
+    ax.xaxis.set_major_formatter(plots.FuncFormatter(plots.plain_number))
     ax.set_xlim(min(0.7, shares.ratio.min() * 0.8), max(2, shares.ratio.max() * 4))
     return figure
 
@@ -249,8 +263,9 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
     )
     for ax, level in ((left, np.log(classes)), (right, 1 / classes)):
         ax.axhline(level, color=style.QUIET, linewidth=0.6, linestyle=(0, (4, 3)))
-        ax.annotate("chance", (metrics.step.max(), level), (0, 2), textcoords="offset points",
-                    ha="right", fontsize=6.5, color=style.QUIET)  # fmt: skip
+        ax.annotate("chance", (1, level), (2, 0), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", va="center", fontsize=6.5, color=style.QUIET,
+                    annotation_clip=False)  # fmt: skip
     left.legend(loc="lower left")
     right.set_ylim(bottom=0)
     return figure
@@ -273,21 +288,20 @@ class SavedFigure:
 def save(
     figure: Figure,
     name: str,
-    *,
     frame: pd.DataFrame,
-    alt: str,
+    *,
     directory: str | Path = ".",
     latex: bool = False,
 ) -> SavedFigure:
     """Write a figure as PNG, SVG and PDF, with the data behind it as CSV (and a LaTeX table).
 
-    `name` is the files' stem (letters, digits, - and _); `alt` describes the picture in a
-    sentence, for readers who cannot see it. The same figure and frame give the same bytes.
-    Files go to `directory`, which is made if needed.
+    `name` is the files' stem (letters, digits, - and _). The figure's label, which the functions
+    here set to a sentence, becomes its description for readers who cannot see it. The same figure
+    and frame give the same bytes. Files go to `directory`, which is made if needed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only")
-    directory = Path(directory)
+    directory, alt = Path(directory), figure.get_label()
     directory.mkdir(parents=True, exist_ok=True)
     paths = {kind: directory / f"{name}.{kind}" for kind in ("png", "svg", "pdf", "csv")}
     undated = {"svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None},

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from gnetlab.draw import style
 
@@ -41,9 +41,7 @@ def plot_stage_costs(costs: pd.DataFrame, value: str = "macs", *, ax: Axes | Non
     for y, total in enumerate(left):
         ax.annotate(_short(total), (total, y), (2, 0), textcoords="offset points",
                     va="center", fontsize=6, color=style.QUIET)  # fmt: skip
-    ax.invert_yaxis()
-    ax.set(xlabel=label)
-    ax.margins(x=0.1)
+    ax.set(xlabel=label, ylim=(len(stages) - 0.4, -0.6), xlim=(0, left.max() * 1.17))
     return ax
 
 
@@ -71,8 +69,7 @@ def plot_grouped(
         ax.barh(np.arange(len(stages)) + (i - (len(groups) - 1) / 2) * height, values, height,
                 color=style.SERIES[i], label=str(group))  # fmt: skip
     ax.set_yticks(range(len(stages)), stages)
-    ax.invert_yaxis()
-    ax.set(xlabel=label or value)
+    ax.set(xlabel=label or value, ylim=(len(stages) - 0.4, -0.6))
     return ax
 
 
@@ -96,17 +93,13 @@ def plot_table_1(table: pd.DataFrame, quantity: str, *, ax: Axes | None = None) 
                zorder=3, s=18, label="does not")  # fmt: skip
     for position, is_equal, c, p, r in zip(positions, agree, computed, printed, ratio, strict=True):
         if not is_equal:
-            ax.annotate(f"{c:.4g} for {p:g}", (r, position), (5, 0), textcoords="offset points",
-                        va="center", fontsize=6, color=style.EMPHASIS)  # fmt: skip
+            ax.annotate(f"{c:.4g} for {p:g}", (max(r, 1), position), (6, 0), fontsize=6,
+                        textcoords="offset points", va="center", color=style.EMPHASIS)  # fmt: skip
     ax.set_yticks(positions, table.stage)
-    ax.invert_yaxis()
-    unit = "ops (millions of MACs)" if ops else "weights (units of 1024)"
-    ax.set(xscale="log", xlabel=f"{unit}: computed / printed")
-    ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    low, high = min(0.9, ratio.min()), max(1.1, ratio.max())
-    ax.set_xlim(low * 0.97, high * (high / low) ** 0.45)
+    unit = "millions of MACs" if ops else "weights in units of 1024"
+    ax.set(xlabel=f"computed / printed ({unit})", ylim=(len(table) - 0.4, -0.6))
+    ax.margins(x=0.3)
+    ax.set_xlim(left=min(0.85, ratio.min() - 0.1))
     return ax
 
 
@@ -128,7 +121,8 @@ def plot_accuracy(
         ax.annotate(name, (point[x] / scale, point.top1), (5, -3), textcoords="offset points",
                     va="top", color=color, fontsize=7)  # fmt: skip
     ax.set(xscale="log", xlabel=label, ylabel="published top-1 accuracy (%)")
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.margins(y=0.1)
+    ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
     return ax
 
 
@@ -142,14 +136,12 @@ def plot_latency(latency: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         per_image = 1000 * rows.seconds / rows.batch_size
         ax.errorbar(rows.batch_size, per_image, yerr=500 * rows.iqr / rows.batch_size,
                     marker="o", color=style.SERIES[i], capsize=2, label=model)  # fmt: skip
-        ax.annotate(model, (rows.batch_size.iloc[-1], per_image.iloc[-1]), (4, 5), fontsize=7,
-                    textcoords="offset points", ha="right", color=style.SERIES[i])  # fmt: skip
     ax.set(xscale="log", xlabel="images per batch", ylabel="time per image (ms)")
     ax.set_xticks(sorted(latency.batch_size.unique()))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    ax.margins(x=0.1, y=0.15)
     ax.set_ylim(bottom=0)
-    ax.margins(y=0.15)
     return ax
 
 
@@ -160,14 +152,20 @@ def plot_ratios(ratios: pd.Series, *, ax: Axes | None = None) -> Axes:
     ax.hlines(list(ratios.index), 1, ratios, color=style.QUIET, linewidth=1)
     ax.scatter(ratios, list(ratios.index), color=style.SERIES[0], zorder=3, s=22)
     for name, ratio in ratios.items():
-        ax.annotate(f"{ratio:.3g}x", (ratio, name), (6, 0), textcoords="offset points",
-                    va="center", fontsize=7)  # fmt: skip
-    ax.invert_yaxis()
+        below = ratio < 1
+        ax.annotate(f"{ratio:.3g}x", (ratio, name), (-6 if below else 6, 0), fontsize=7,
+                    textcoords="offset points", va="center", ha="right" if below else "left",
+                    )  # fmt: skip
     ax.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5))
-    ax.set_xlim(min(1, ratios.min()) * 0.85, max(2, ratios.max()) * 1.8)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xlim(min(1, ratios.min() * 0.6) * 0.85, max(2, ratios.max()) * 1.8)
+    ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
+
+
+def plain_number(value: float, _position: int | None = None) -> str:
+    """A tick label without exponent: 0.5, 20, 3,000."""
+    return f"{value:g}" if value < 1000 else f"{value:,.0f}"
 
 
 def plot_by_depth(statistics: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:

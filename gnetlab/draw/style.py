@@ -18,7 +18,7 @@ BRANCH_COLORS = {
     "pool": "#EBB94B",
     "": "#9A9A9A",  # outside the branches: stem, head, plain networks
 }
-SOURCE_COLORS = {"main": "#1A1A1A", "aux1": "#B0307A", "aux2": "#5B9BD5", "total": "#A9A9A9"}
+SOURCE_COLORS = {"main": "#1A1A1A", "aux1": "#B0307A", "aux2": "#5B9BD5", "total": "#C6C6C6"}
 SOURCE_LABELS = {
     "main": "main loss",
     "aux1": "aux1 (after 4a)",

@@ -2,7 +2,7 @@
 
 `branch_statistics()`  per channel: mean, variance, zero fraction, energy, share of the module's
 `per_branch()`         the same summed up per branch
-`top_channels()`       the channels of one image's maps that vary most
+`liveliest_channels()`  of every branch the maps that vary most over one image
 """
 
 from __future__ import annotations
@@ -118,11 +118,25 @@ def per_branch(statistics: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(energy_ratio=frame.energy_share / frame.channel_share)
 
 
-def top_channels(maps: Tensor, count: int) -> np.ndarray:
-    """The `count` channels of one image's maps (1 x C x H x W) with the largest deviation.
+def liveliest_channels(
+    model: nn.Module, image: Tensor, count: int = 12
+) -> dict[str, dict[str, np.ndarray]]:
+    """Of every branch the `count` feature maps that vary most over one image, strongest first.
 
-    Strongest first, as count x H x W float32: the first channels in memory order show chance,
-    these show what the branch reacts to.
+    image 1 x C x H x W. Returns stage -> branch -> count x h x w float32. The first channels in
+    memory order show chance; these show what a branch reacts to.
     """
-    deviation = maps[0].float().std(dim=(1, 2), correction=0)
-    return maps[0, deviation.argsort(descending=True)[:count]].float().cpu().numpy()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), record(model, branch_names(model)) as recorded:
+            model(image)
+    finally:
+        model.train(was_training)
+    sheet: dict[str, dict[str, np.ndarray]] = {}
+    for name, values in recorded.items():
+        stage, branch = locate(name)
+        maps = values[0].float()
+        order = maps.std(dim=(1, 2), correction=0).argsort(descending=True)
+        sheet.setdefault(stage, {})[branch] = maps[order[:count]].cpu().numpy()
+    return sheet

@@ -1,6 +1,7 @@
 """Where a branch looks when the network decides, with Captum.
 
 `branch_attribution()`   a map per branch: gradient x activation, or Grad-CAM
+`by_stage()`             the maps of some modules, as the figure takes them
 `attribution_shares()`   how much of the decision passes through each branch
 
 Our modules are not in place and no function replaces one, so Captum's hooks see every branch.
@@ -8,7 +9,7 @@ Our modules are not in place and no function replaces one, so Captum's hooks see
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -87,3 +88,19 @@ def attribution_shares(maps: dict[str, np.ndarray]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     whole = frame.attribution.abs().groupby(frame.stage).transform("sum")
     return frame.assign(share=frame.attribution / whole)
+
+
+def by_stage(
+    maps: Mapping[str, np.ndarray], stages: Iterable[str], image: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """Maps of one image of some modules: stage -> branch -> h x w."""
+    chosen: dict[str, dict[str, np.ndarray]] = {stage: {} for stage in stages}
+    for name, values in maps.items():
+        stage, branch = locate(name)
+        if stage in chosen:
+            chosen[stage][branch] = values[image]
+    empty = [stage for stage, branches in chosen.items() if not branches]
+    if empty:
+        known = dict.fromkeys(locate(name)[0] for name in maps)
+        raise ValueError(f"no module {', '.join(empty)}; there are {', '.join(known)}")
+    return chosen

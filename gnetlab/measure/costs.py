@@ -3,6 +3,7 @@
 `layer_costs()`   one row per leaf layer: output shape, parameters, MACs, activations
 `table_1()`       the paper's Table 1 beside what its architecture computes to
 `depth()`         number of layers with parameters along the deepest path
+`second_opinions()`  the same networks counted by fvcore and by torch's FlopCounterMode
 `reduction_costs()`  the nine modules with and without 1x1 reductions
 `classifier_metadata()`  published accuracy, parameters and MACs of torchvision's classifiers
 
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -252,6 +254,36 @@ def table_1(model: nn.Module | None = None) -> pd.DataFrame:
         params_agree=frame.printed_params == kibi,
         ops_agree=frame.printed_ops == (frame.macs / 1e6).round(),
     )
+
+
+def second_opinions(
+    models: Mapping[str, nn.Module], input_size: tuple[int, ...] = (3, 224, 224)
+) -> pd.DataFrame:
+    """MACs of convolutions and linear layers by three counters, one row per model.
+
+    Columns: `model`, `gnetlab`, `fvcore` (its "flop" is a MAC), `torch` (FlopCounterMode, halved).
+    The other two really run the network, in eval mode, on the model's device.
+    """
+    from fvcore.nn import FlopCountAnalysis
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = []
+    for name, model in models.items():
+        image = torch.zeros(1, *input_size, device=next(model.parameters()).device)
+        with _mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fvcore traces with what torch calls deprecated
+            fvcore = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).by_operator()
+            with FlopCounterMode(display=False) as counter:
+                model(image)
+        rows.append(
+            {
+                "model": name,
+                "gnetlab": int(layer_costs(model, input_size).macs.sum()),
+                "fvcore": int(fvcore["conv"] + fvcore["linear"]),
+                "torch": counter.get_total_flops() // 2,
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def reduction_costs(input_size: tuple[int, ...] = (3, 224, 224)) -> pd.DataFrame:

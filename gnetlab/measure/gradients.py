@@ -1,6 +1,8 @@
 """Where the gradient of each layer comes from: the main loss, or an auxiliary head's.
 
 `gradient_flow()`  one row per layer and loss source, from one forward pass
+`at_initialization()`  the same for fresh networks: normalizations x initializations x seeds
+`total_over_main()`  what the heads add at one layer
 `split_gradients()`  the gradients themselves
 
 The total loss is main + 0.3 aux1 + 0.3 aux2 (section 5 of the paper), each the cross-entropy of
@@ -10,7 +12,9 @@ its classifier; every source below is weighted already, so that the sources add 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnetlab.measure.costs import locate
+from gnetlab.net.model import googlenet
 
 HEAD_WEIGHT = 0.3
 SOURCES = ("main", "aux1", "aux2", "total")
@@ -121,6 +126,50 @@ def gradient_flow(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def at_initialization(
+    data: Any,
+    norms: Mapping[str, str | None],
+    inits: Mapping[str, Any],
+    seeds: Iterable[int],
+    *,
+    batch_size: int = 64,
+    **network: Any,
+) -> pd.DataFrame:
+    """`gradient_flow` of untrained networks: every norm with every init and seed.
+
+    `norms` and `inits` map a label to the value that `googlenet` takes; `network` are its other
+    arguments; `data` is a data set of `gnetlab.net.data`, and networks live on its device.
+
+    Columns: those of `gradient_flow`, and `norm`, `init` (the labels), `seed` (of the weights,
+    the batch and dropout).
+    """
+    frames = []
+    for (norm, norm_value), (init, init_value) in product(norms.items(), inits.items()):
+        for seed in seeds:
+            model = googlenet(norm=norm_value, init=init_value, seed=seed, **network)
+            batch = data.train_batch(0, batch_size, seed)
+            cuda = [data.device] if data.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(seed)  # dropout
+                flow = gradient_flow(model.to(data.device), *batch)
+            frames.append(flow.assign(norm=norm, init=init, seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def total_over_main(flow: pd.DataFrame, module: str = "conv1.conv") -> pd.DataFrame:
+    """What the heads add at one layer. `flow` as from `at_initialization`.
+
+    Columns: `configuration` (norm and init), `seed`, `ratio` (gradient RMS under the total loss
+    over that under the main loss alone; 1 means that the heads add nothing).
+    """
+    rows = flow[flow.module == module]
+    rows = rows.assign(configuration=rows.norm + ", " + rows.init)
+    rms = rows.pivot_table(
+        index=["configuration", "seed"], columns="source", values="gradient_rms", sort=False
+    )
+    return (rms.total / rms.main).rename("ratio").reset_index()
 
 
 def _rms(tensor: Tensor) -> float:

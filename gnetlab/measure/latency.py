@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -52,63 +52,83 @@ def device_name(device: torch.device | str) -> str:
 
 
 def measure_latency(
-    model: nn.Module,
+    models: nn.Module | Mapping[str, nn.Module],
     *,
-    name: str | None = None,
     input_size: tuple[int, ...] = (3, 224, 224),
     batch_sizes: Iterable[int] = (1,),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     min_run_time: float = 1.0,
+    rounds: int = 5,
 ) -> pd.DataFrame:
-    """Time of a forward pass in eval mode, one row per batch size.
+    """Time of a forward pass in eval mode, one row per model and batch size.
+
+    models        a model, or several by name: they take turns, so that what else the machine does
+                  falls on all of them and their ratio can be trusted
+    min_run_time  seconds to measure each model and batch size for, over all rounds, after one
+                  warm-up pass; torch's benchmark timer synchronizes CUDA
 
     Columns: `model`, `device`, `dtype`, `memory_format`, `batch_size`, `threads`, `seconds`
     (median per batch), `iqr` (interquartile range, seconds), `runs`, `images_per_second`,
     `peak_memory` (bytes allocated beyond the weights, CUDA only, else NA).
 
-    `min_run_time` seconds are measured per batch size after one warm-up pass; torch's benchmark
-    timer synchronizes CUDA. The model is moved to the device and left there, its mode restored.
+    The models are moved to the device and left there; their modes are restored.
     """
     # This import warns on machines with a CUDA toolkit and no GPU, where nothing is amiss.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
+    from torch.utils.benchmark import Measurement, Timer
 
+    if isinstance(models, nn.Module):
+        models = {type(models).__name__: models}
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    was_training = model.training
-    model = model.to(device=device, dtype=dtype, memory_format=layout).eval()
+    modes = {name: model.training for name, model in models.items()}
     rows = []
     try:
+        for model in models.values():
+            model.to(device=device, dtype=dtype, memory_format=layout).eval()
         for batch_size in batch_sizes:
             images = torch.randn(batch_size, *input_size, device=device, dtype=dtype)
             images = images.contiguous(memory_format=layout)
-            with torch.inference_mode():
-                peak = _peak_memory(model, images)  # also warms up
-                timer = Timer("model(images)", globals={"model": model, "images": images},
-                              num_threads=torch.get_num_threads())  # fmt: skip
-                measured = timer.blocked_autorange(min_run_time=min_run_time)
-            rows.append(
-                {
-                    "model": name or type(model).__name__,
-                    "device": device.type,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "memory_format": "channels_last" if channels_last else "contiguous",
-                    "batch_size": batch_size,
-                    "threads": torch.get_num_threads(),
-                    "seconds": measured.median,
-                    "iqr": measured.iqr,
-                    "runs": len(measured.times) * measured.number_per_run,
-                    "images_per_second": batch_size / measured.median,
-                    "peak_memory": peak,
-                }
-            )
+            timers = {
+                name: Timer("with no_grad(): model(images)", num_threads=torch.get_num_threads(),
+                            globals={"model": model, "images": images,
+                                     "no_grad": torch.inference_mode})
+                for name, model in models.items()
+            }  # fmt: skip
+            # This first pass also warms up.
+            peaks = {name: _peak_memory(model, images) for name, model in models.items()}
+            measured: dict[str, list[Measurement]] = {name: [] for name in models}
+            for _ in range(rounds):
+                for name, timer in timers.items():
+                    measured[name].append(
+                        timer.blocked_autorange(min_run_time=min_run_time / rounds)
+                    )
+            for name in models:
+                times = pd.Series([t for m in measured[name] for t in m.times])
+                rows.append(
+                    {
+                        "model": name,
+                        "device": device.type,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "memory_format": "channels_last" if channels_last else "contiguous",
+                        "batch_size": batch_size,
+                        "threads": torch.get_num_threads(),
+                        "seconds": times.median(),
+                        "iqr": times.quantile(0.75) - times.quantile(0.25),
+                        "runs": sum(len(m.times) * m.number_per_run for m in measured[name]),
+                        "images_per_second": batch_size / times.median(),
+                        "peak_memory": peaks[name],
+                    }
+                )
     finally:
-        model.train(was_training)
+        for name, model in models.items():
+            model.train(modes[name])
     return pd.DataFrame(rows).astype({"peak_memory": "Int64"})
 
 
+@torch.inference_mode()
 def _peak_memory(model: nn.Module, images: torch.Tensor) -> int | None:
     if images.device.type != "cuda":
         model(images)

@@ -1,8 +1,9 @@
 """The small, seeded training loop that the experiments share.
 
 `train()`     SGD with momentum on the weighted losses; metrics as a frame; resumable
+`compare()`   several variants of a network, each from several seeds
 `evaluate()`  loss and accuracy on a data set's test images
-`escape_step()`  when a run left the plateau at chance
+`escape_steps()`  when each run left the plateau at chance
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from gnetlab.measure.gradients import HEAD_WEIGHT, weighted_losses
+from gnetlab.net.model import googlenet
 
 METRICS = ("step", "split", "source", "loss", "accuracy")
 _READ_EVERY = 20  # steps between transfers of the metrics from the device
@@ -105,6 +109,29 @@ def train(
     return _frame(records)
 
 
+def compare(
+    variants: Mapping[str, Mapping[str, Any]],
+    data: Any,
+    seeds: Iterable[int],
+    *,
+    network: Mapping[str, Any],
+    **options: Any,
+) -> pd.DataFrame:
+    """`train` every variant from every seed.
+
+    `variants` map a label to arguments of `googlenet`, on top of the shared `network`; `options`
+    go to `train`. The seed decides the weights, the batches and dropout.
+
+    Columns: those of `train`, and `variant`, `seed`.
+    """
+    frames = []
+    for (variant, changes), seed in product(variants.items(), seeds):
+        model = googlenet(**{**network, **changes}, seed=seed).to(data.device)
+        metrics = train(model, data, seed=seed, **options)
+        frames.append(metrics.assign(variant=variant, seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dict[str, float]:
     """`loss` (mean cross-entropy in nats) and `accuracy` (fraction) on the test images."""
@@ -124,14 +151,29 @@ def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dic
     return {"loss": float(loss) / count, "accuracy": float(correct) / count}
 
 
-def escape_step(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> float:
-    """First step at which the main training loss, averaged over `smooth` steps, is below 95% of
-    chance (ln classes); NaN if it never is. `metrics` as from `train`, of one run.
+def escape_steps(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> pd.DataFrame:
+    """When each run of `compare` left the plateau at chance.
+
+    Columns: `variant`, `seed`, `escape_step` (first step at which the main training loss,
+    averaged over `smooth` steps, is below 95% of chance, ln classes; NA if it never is),
+    `test_loss` (nats), `test_accuracy` (fraction), both at the end.
     """
-    rows = metrics[(metrics.split == "train") & (metrics.source == "main")]
-    loss = rows.set_index("step").loss.rolling(smooth).mean()
-    below = loss[loss < 0.95 * math.log(classes)]
-    return float(below.index[0]) if len(below) else float("nan")
+    rows = []
+    for (variant, seed), run in metrics.groupby(["variant", "seed"], sort=False):
+        main = run[(run.split == "train") & (run.source == "main")].set_index("step")
+        loss = main.loss.rolling(smooth).mean()
+        below = loss.index[loss < 0.95 * math.log(classes)]
+        test = run[run.split == "test"].iloc[-1]
+        rows.append(
+            {
+                "variant": variant,
+                "seed": seed,
+                "escape_step": below[0] if len(below) else pd.NA,
+                "test_loss": test.loss,
+                "test_accuracy": test.accuracy,
+            }
+        )
+    return pd.DataFrame(rows).astype({"escape_step": "Int64"})
 
 
 def _in_float(output: Any) -> Any:

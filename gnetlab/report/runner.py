@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -52,6 +53,7 @@ class Job:
 
     name: str
     source: Path
+    title: str
     parameters: dict[str, Any]
     cells: int
     status: str = "queued"
@@ -104,10 +106,10 @@ def plan(
     """
     problems: list[str] = []
     known: dict[str, dict[str, Any]] = {}
-    cells: dict[str, int] = {}
+    about: dict[str, list] = {}
     for path in notebooks:
         try:
-            known[path.stem], cells[path.stem] = _inspect(path)
+            known[path.stem], *about[path.stem] = _inspect(path)
         except ReportError as error:
             problems.append(str(error))
     everywhere = sorted({name for defaults in known.values() for name in defaults} - {"output_dir"})
@@ -131,14 +133,15 @@ def plan(
                     values[name] = _typed(name, text, defaults[name])
                 except ReportError as error:
                     problems.append(f"{path.name}: {error}")
-        jobs.append(Job(path.stem, path, values, cells[path.stem]))
+        title, cells = about[path.stem]
+        jobs.append(Job(path.stem, path, title, values, cells))
     if problems:
         raise ReportError("\n".join(dict.fromkeys(problems)))
     return jobs
 
 
-def _inspect(path: Path) -> tuple[dict[str, Any], int]:
-    """Parameters with their defaults, and the number of cells."""
+def _inspect(path: Path) -> tuple[dict[str, Any], str, int]:
+    """Parameters with their defaults, the title (its first heading), and the number of cells."""
     import papermill
 
     try:
@@ -150,7 +153,14 @@ def _inspect(path: Path) -> tuple[dict[str, Any], int]:
             )
         # papermill's word on what is a parameter; its types are guesses, so the default decides.
         inferred = papermill.inspect_notebook(str(path))
-        return {name: _literal(p["default"]) for name, p in inferred.items()}, len(notebook.cells)
+        defaults = {name: _literal(p["default"]) for name, p in inferred.items()}
+        headings = (
+            re.search(r"^# (.+)$", c.source, re.M)
+            for c in notebook.cells
+            if c.cell_type == "markdown"
+        )
+        title = next((found[1] for found in headings if found), path.stem)
+        return defaults, title, len(notebook.cells)
     except ReportError:
         raise
     except Exception as error:  # nbformat and papermill raise many kinds
@@ -231,6 +241,7 @@ def _execute(job: Job, output: Path, progress: Progress) -> None:
             kernel_name="python3",
             progress_bar=False,
             on_cell_start=on_cell,
+            extra_arguments=["--log-level=ERROR"],  # of the kernel: it warns about its sockets
         )
         job.error = _unfinished(executed)
     except KeyboardInterrupt:
@@ -256,8 +267,9 @@ def _unfinished(executed: Path) -> str:
     """Why an executed notebook is not complete; empty if it is."""
     cells = [c for c in nbformat.read(executed, as_version=4).cells if c.cell_type == "code"]
     for number, cell in enumerate(cells, 1):
-        if any(out.output_type == "error" for out in cell.outputs):
-            return f"code cell {number} raised"
+        raised = next((out for out in cell.outputs if out.output_type == "error"), None)
+        if raised:
+            return f"{raised.ename}: {raised.evalue} (in code cell {number})"
         if cell.source.strip() and cell.execution_count is None:
             return f"code cell {number} never ran (the kernel ended before it)"
     return ""
@@ -320,6 +332,7 @@ def _manifest(
     entries = [
         {
             "name": job.name,
+            "title": job.title,
             "status": job.status,
             "error": job.error,
             "seconds": round(job.seconds, 1),

@@ -1,0 +1,92 @@
+"""Claims: fixed criteria, verdicts that follow from numbers, and what the report reads back."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gnetlab.report import claims
+
+DEPTH = {"layers": 22, "macs": 1.5e9, "rows_that_disagree": []}
+VGG = {"top1_gain": 1.8, "mac_ratio": 9.8, "parameter_ratio": 19.8, "time_ratio": 6.0}
+REDUCTION = {"mac_ratio": 10.0, "final_width_ratio": 4.8, "width_grows": True}
+
+
+@pytest.mark.parametrize(
+    ("claim", "measured", "verdict"),
+    [
+        ("depth-22", DEPTH, "supported"),
+        ("depth-22", DEPTH | {"rows_that_disagree": ["5a"]}, "depends"),
+        ("depth-22", DEPTH | {"layers": 21}, "not supported"),
+        ("depth-22", DEPTH | {"macs": 1.7e9}, "not supported"),
+        ("vgg-cost", VGG, "supported"),
+        ("vgg-cost", VGG | {"time_ratio": 4.0}, "depends"),
+        ("vgg-cost", VGG | {"mac_ratio": 4.0}, "not supported"),
+        ("vgg-cost", VGG | {"top1_gain": 4.0}, "not supported"),
+        ("reduction", REDUCTION, "supported"),
+        ("reduction", REDUCTION | {"width_grows": False}, "depends"),
+        ("reduction", REDUCTION | {"width_grows": False, "mac_ratio": 1.5}, "not supported"),
+        ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
+        ("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, "depends"),
+        ("aux-gradient", {"ratios": {"a": 1.2, "b": 1.0}}, "not supported"),
+    ],
+)
+def test_verdict_follows_from_the_numbers(claim, measured, verdict, tmp_path):
+    judged = claims.check(claim, measured, directory=tmp_path)
+    assert judged.verdict == verdict
+    assert judged.reason
+
+
+def test_depends_names_the_condition(tmp_path):
+    judged = claims.check("depth-22", DEPTH | {"rows_that_disagree": ["5a"]}, directory=tmp_path)
+    assert "5a" in judged.reason
+    judged = claims.check("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, directory=tmp_path)
+    assert "yes for a only" in judged.reason
+
+
+def test_every_claim_says_where_from_and_by_what():
+    for name, claim in claims.CLAIMS.items():
+        assert name == claim.id
+        assert all([claim.text, claim.source, claim.notebook, claim.criterion, claim.needs])
+
+
+def test_check_keeps_the_numbers_for_the_report(tmp_path):
+    measured = VGG | {"mac_ratio": np.float64(9.8), "extra": np.arange(2)}
+    claims.check("vgg-cost", measured, directory=tmp_path, figure="latency")
+    rows = {row["id"]: row for row in claims.collect({"01_compute_cost": tmp_path})}
+    assert list(rows) == list(claims.CLAIMS)
+    assert rows["vgg-cost"]["measured"] == VGG | {"mac_ratio": 9.8, "extra": [0, 1]}
+    assert rows["vgg-cost"]["figure"] == "latency"
+    assert rows["depth-22"]["verdict"] == "not measured"
+    assert rows["depth-22"]["reason"] == "the notebook did not get there"
+    assert rows["aux-gradient"]["reason"] == "03_auxiliary_heads was not run"
+
+
+def test_not_measured_needs_a_reason(tmp_path):
+    assert claims.check("vgg-cost", None, directory=tmp_path, reason="no GPU").verdict == (
+        "not measured"
+    )
+    with pytest.raises(ValueError, match="reason"):
+        claims.check("vgg-cost", None, directory=tmp_path)
+
+
+def test_unknown_claim_and_missing_numbers(tmp_path):
+    with pytest.raises(ValueError, match="Known: depth-22"):
+        claims.check("depth-23", DEPTH, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"needs macs \(multiply-adds"):
+        claims.check("depth-22", {"layers": 22, "rows_that_disagree": []}, directory=tmp_path)
+    with pytest.raises(TypeError, match="cannot be kept"):
+        claims.check("depth-22", DEPTH | {"extra": object()}, directory=tmp_path)
+
+
+def test_verdict_is_escaped_in_the_notebook(tmp_path):
+    judged = claims.check(
+        "depth-22", DEPTH | {"rows_that_disagree": ["<script>"]}, directory=tmp_path
+    )
+    assert "<script>" not in judged._repr_html_()
+    assert "&lt;script&gt;" in judged._repr_html_()
+
+
+def test_facts_are_kept_as_json(tmp_path):
+    claims.facts(directory=tmp_path, weights="random", seeds=np.int64(3))
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"weights": "random", "seeds": 3}

@@ -1,0 +1,290 @@
+"""Drawing: artists, labels and data rather than pixels, and files that come out the same."""
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
+
+from gnetlab.draw import figures, plots, style
+
+STAGES = ["stem", "3a", "3b", "head"]
+
+
+@pytest.fixture
+def costs() -> pd.DataFrame:
+    rows = [
+        (model, stage, branch, 10**6 * (i + 1), 10**5 * (i + 1))
+        for model in ("ours", "theirs")
+        for stage, branches in zip(
+            STAGES, [[""], ["1x1", "3x3", "5x5", "pool"], ["1x1"], [""]], strict=True
+        )
+        for i, branch in enumerate(branches)
+    ]
+    return pd.DataFrame(rows, columns=["model", "stage", "branch", "macs", "parameters"])
+
+
+@pytest.fixture
+def flow() -> pd.DataFrame:
+    rows = [
+        (norm, init, stage, source, seed, 10.0 ** -(i + seed))
+        for norm in ("none", "batch")
+        for init in ("a", "b")
+        for i, stage in enumerate([*STAGES, "aux1"])
+        for source in ("main", "aux1", "total")
+        for seed in (0, 1)
+    ]
+    return pd.DataFrame(rows, columns=["norm", "init", "stage", "source", "seed", "gradient_rms"])
+
+
+@pytest.fixture
+def metrics() -> pd.DataFrame:
+    rows = [
+        (v, seed, step, 2.0 / step + seed, step / 40)
+        for v in ("with heads", "without heads")
+        for seed in (0, 1)
+        for step in range(1, 41)
+    ]
+    return pd.DataFrame(rows, columns=["variant", "seed", "step", "loss", "accuracy"])
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "stage": ["conv1", "3a", "5a"],
+            "parameters": [1024 * 9, 1024 * 159, 1024 * 1018],
+            "printed_params": [2.7, 159.0, 1072.0],
+            "macs": [118_000_000, 128_000_000, 51_000_000],
+            "printed_ops": [34, 128, 54],
+            "params_agree": [False, True, False],
+            "ops_agree": [False, True, False],
+        }
+    )
+
+
+def lightness(color: str) -> float:
+    """CIE L* (0 to 100) of an sRGB colour: what is left of it in grey."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    y = np.dot([0.2126, 0.7152, 0.0722], linear)
+    return 116 * np.cbrt(y) - 16 if y > 0.008856 else 903.3 * y
+
+
+@pytest.mark.parametrize("colors", [style.BRANCH_COLORS, style.SOURCE_COLORS])
+def test_colours_of_one_figure_differ_in_grey(colors):
+    named = {name: color for name, color in colors.items() if name}
+    levels = sorted(lightness(color) for color in named.values())
+    assert min(np.diff(levels)) >= 9
+
+
+def test_drawing_leaves_global_settings_alone(costs, tmp_path):
+    before = dict(matplotlib.rcParams)
+    figures.save(figures.cost_figure(costs), "a", costs, directory=tmp_path)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_stage_costs_stack_to_the_total(costs):
+    ours = costs[costs.model == "ours"]
+    ax = plots.plot_stage_costs(ours)
+    ends: dict[float, float] = {}
+    for bar in ax.patches:
+        y = round(bar.get_y() + bar.get_height() / 2, 6)
+        ends[y] = max(ends.get(y, 0), bar.get_x() + bar.get_width())
+    assert list(ends.values()) == pytest.approx([1, 10, 1, 1])
+    assert [label.get_text() for label in ax.get_yticklabels()] == STAGES
+    assert ax.get_xlabel() == "multiply-adds (millions)"
+    assert ax.yaxis_inverted()
+
+
+def test_grouped_bars_show_every_group(costs):
+    ax = plots.plot_grouped(costs, "macs", "model", scale=1e6, label="millions")
+    assert [c.get_label() for c in ax.containers] == ["ours", "theirs"]
+    widths = [bar.get_width() for bar in ax.containers[0]]
+    assert widths == pytest.approx([1, 10, 1, 1])
+
+
+def test_table_1_marks_what_disagrees(table):
+    ax = plots.plot_table_1(table, "ops")
+    agree, differ = ax.collections[-2:]
+    assert agree.get_offsets().tolist() == [[1.0, 1.0]]
+    assert differ.get_offsets()[:, 0].tolist() == pytest.approx([118 / 34, 51 / 54])
+    assert {t.get_text() for t in ax.texts} == {"118 for 34", "51 for 54"}
+
+
+def test_accuracy_names_the_highlighted():
+    models = pd.DataFrame(
+        {"model": ["a", "b", "c"], "top1": [60.0, 70.0, 80.0], "macs": [1e8, 1e9, 1e10]}
+    )
+    ax = plots.plot_accuracy(models, {"b": "Bee"})
+    assert [t.get_text() for t in ax.texts] == ["Bee"]
+    assert ax.collections[1].get_offsets().tolist() == [[1000.0, 70.0]]
+    assert ax.get_xscale() == "log"
+
+
+def test_latency_is_per_image():
+    frame = pd.DataFrame(
+        {"model": ["m", "m"], "batch_size": [1, 8], "seconds": [0.01, 0.04], "iqr": [0.0, 0.0]}
+    )
+    line = plots.plot_latency(frame).lines[0]
+    assert line.get_ydata().tolist() == pytest.approx([10, 5])
+
+
+def test_ratios_are_written_out():
+    ax = plots.plot_ratios(pd.Series({"macs": 9.77, "time": 0.5}))
+    assert [t.get_text() for t in ax.texts] == ["9.77x", "0.5x"]
+
+
+def test_lines_over_depth_have_the_branch_colours():
+    frame = pd.DataFrame(
+        {"stage": ["3a", "3b"] * 2, "branch": ["1x1"] * 2 + ["pool"] * 2, "share": [1, 2, 3, 4]}
+    )
+    ax = plots.plot_by_depth(frame, "share")
+    assert {line.get_label(): line.get_color() for line in ax.lines} == {
+        name: style.BRANCH_COLORS[name] for name in ("1x1", "pool")
+    }
+    assert ax.lines[1].get_ydata().tolist() == [3, 4]
+
+
+def test_montage_holds_every_map_at_its_place():
+    maps = np.arange(5 * 4 * 4, dtype=float).reshape(5, 4, 4)
+    sheet = plots.plot_montage(maps, columns=3, limits=(0, 79)).images[0].get_array()
+    assert sheet.shape == (9, 14)
+    np.testing.assert_allclose(sheet[5:9, 5:9], maps[4] / 79)
+    assert np.ma.getmaskarray(np.ma.masked_invalid(sheet))[5:, 10:].all()
+
+
+def test_constant_map_is_drawn_as_nothing():
+    sheet = plots.plot_montage(np.ones((1, 2, 2)), columns=1).images[0].get_array()
+    assert (np.asarray(sheet) == 0).all()
+
+
+def test_overlay_is_signed_and_stretched_over_the_image():
+    attribution = np.array([[1.0, -2.0], [0.0, 0.5]])
+    ax = plots.plot_overlay(np.zeros((8, 8, 3), np.uint8), attribution)
+    overlay = ax.images[1]
+    assert overlay.get_clim() == (-2, 2)
+    assert overlay.get_extent() == ax.images[0].get_extent()
+    assert overlay.get_alpha()[1, 0] == 0
+
+
+def test_gradient_flow_is_a_geometric_mean_of_the_trunk(flow):
+    ax = plots.plot_gradient_flow(flow[(flow.norm == "none") & (flow.init == "a")])
+    assert ax.get_yscale() == "log"
+    assert [t.get_text() for t in ax.get_xticklabels()] == STAGES
+    main = next(line for line in ax.lines if line.get_label() == "main loss")
+    assert main.get_ydata()[1] == pytest.approx(10**-1.5)  # of seeds 1e-1 and 1e-2
+
+
+def test_training_curves_show_seeds_and_their_mean(metrics):
+    ax = plots.plot_training(metrics, "loss", smooth=1)
+    mean = next(line for line in ax.lines if line.get_label() == "with heads")
+    assert mean.get_ydata()[9] == pytest.approx(2 / 10 + 0.5)
+    assert len(ax.lines) == 2 * 3
+    assert len(ax.collections) == 2
+
+
+def make(name: str, costs, flow, metrics, table) -> Figure:
+    image = np.zeros((16, 16, 3), np.uint8)
+    branches = ["1x1", "3x3", "5x5", "pool"]
+    maps = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in branches}}
+    by_branch = pd.DataFrame(
+        [("3a", b, 0.25, 1.0, 0.5, 0.25) for b in branches],
+        columns=["stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "share"],
+    )
+    models = pd.DataFrame({"model": ["a"], "top1": [60.0], "macs": [1e8], "parameters": [1e6]})
+    modules = costs.rename(columns={"model": "variant"}).assign(out_channels=8, pool_share=0.2)
+    latency = pd.DataFrame({"model": ["m"], "batch_size": [1], "seconds": [0.01], "iqr": [0.0]})
+    shares = pd.DataFrame({"configuration": ["a", "b"], "seed": [0, 0], "ratio": [1.0, 100.0]})
+    note = "made in a test"
+    return {
+        "cost": lambda: figures.cost_figure(costs, note=note),
+        "reduction": lambda: figures.reduction_figure(modules, note=note),
+        "table_1": lambda: figures.table_1_figure(table, note=note),
+        "accuracy": lambda: figures.accuracy_figure(models, {"a": "A"}, note=note),
+        "latency": lambda: figures.latency_figure(
+            latency, pd.Series({"macs": 2.0}), "ours", note=note
+        ),
+        "maps": lambda: figures.maps_figure(image, maps, caption="cat", note=note),
+        "statistics": lambda: figures.branch_statistics_figure(by_branch, note=note),
+        "attribution": lambda: figures.attribution_figure(
+            image, {"3a": {b: m[0] for b, m in maps["3a"].items()}}, by_branch, note=note
+        ),
+        "gradient": lambda: figures.gradient_figure(flow, note=note),
+        "shares": lambda: figures.shares_figure(shares, note=note),
+        "training": lambda: figures.training_figure(metrics, 16, note=note),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cost", "reduction", "table_1", "accuracy", "latency", "maps", "statistics",
+        "attribution", "gradient", "shares", "training",
+    ],
+)  # fmt: skip
+def test_text_of_a_figure_lies_inside_it(name, costs, flow, metrics, table):
+    with style.context():
+        figure = make(name, costs, flow, metrics, table)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        box = figure.bbox.padded(1)
+        texts = [
+            t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible()
+        ]
+        outside = []
+        for text in texts:
+            extent = text.get_window_extent(renderer)
+            if not (box.contains(extent.x0, extent.y0) and box.contains(extent.x1, extent.y1)):
+                outside.append(text.get_text())
+    # Tick labels beyond the axis limits exist but are not drawn.
+    ticks = {
+        t.get_text() for ax in figure.axes for t in ax.get_xticklabels() + ax.get_yticklabels()
+    }
+    assert not set(outside) - ticks
+    assert figure.get_supxlabel() == "made in a test"
+    assert figure.get_figwidth() in style.WIDTHS.values()
+    assert all(ax.has_data() or not ax.axison for ax in figure.axes)
+
+
+def test_save_writes_five_kinds_the_same_way_twice(costs, tmp_path):
+    for folder in ("a", "b"):
+        figures.save(
+            figures.cost_figure(costs), "cost", costs,
+            directory=tmp_path / folder, latex=True,
+        )  # fmt: skip
+    names = {"cost.png", "cost.svg", "cost.pdf", "cost.csv", "cost.tex"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert (
+        Image.open(tmp_path / "a" / "cost.png")
+        .info["Description"]
+        .startswith("MACs and parameters: the networks on one scale")
+    )
+    assert b"/Type3" not in (tmp_path / "a" / "cost.pdf").read_bytes()
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "a" / "cost.csv", keep_default_na=False), costs
+    )
+    assert r"\begin{tabular}" in (tmp_path / "a" / "cost.tex").read_text()
+
+
+def test_saved_figure_shows_its_png_in_a_notebook(costs, tmp_path):
+    saved = figures.save(figures.cost_figure(costs), "c", costs, directory=tmp_path)
+    bundle, metadata = saved._repr_mimebundle_()
+    assert bundle["image/png"] == (tmp_path / "c.png").read_bytes()
+    assert metadata["image/png"]["width"] == 720
+    assert "MACs and parameters" in repr(saved)
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "", "a.png"])
+def test_save_refuses_names_that_are_paths(name, tmp_path):
+    with pytest.raises(ValueError, match="figure name"):
+        figures.save(Figure(), name, pd.DataFrame(), directory=tmp_path)
+
+
+def test_stage_order_keeps_unknown_stages():
+    assert style.stage_order(["head", "block2", "stem"]) == ["stem", "block2", "head"]

@@ -1,0 +1,127 @@
+"""The notebooks as committed, and their results when run at the fast profile."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMMON = {"profile", "device", "weights", "data", "seed", "output_dir"}
+FIGURES = {
+    "01_compute_cost": {
+        "cost_per_module", "table_1", "reductions", "accuracy_per_cost", "latency",
+    },
+    "02_branch_activations": {"branch_maps", "branch_statistics", "branch_attribution"},
+    "03_auxiliary_heads": {"gradient_by_source", "heads_share", "training_with_and_without_heads"},
+}  # fmt: skip
+
+
+def code_of(path: Path) -> list[str]:
+    return [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+
+
+def test_every_notebook_is_known_here():
+    assert [path.stem for path in NOTEBOOKS] == list(FIGURES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_without_outputs(path):
+    subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], check=True)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_only_calls_the_package(path):
+    source = "\n".join(code_of(path))
+    assert not re.search(r"^\s*(def|class) |rcParams|register_\w*hook|plt\.", source, re.MULTILINE)
+    statements = [
+        line for line in source.splitlines() if line.strip() and line.strip() not in ")]}"
+    ]
+    assert len(statements) <= 135
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_cell_has_the_common_names(path):
+    cells = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    names: dict = {}
+    exec(cells[0].source, names)
+    assert len(cells) == 1
+    assert names.keys() >= COMMON
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The whole report at the fast profile, from a foreign working directory."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-m", "gnetlab.cli", "report", "--output", str(folder / "out")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "out", json.loads((folder / "out" / "manifest.json").read_text())
+
+
+@pytest.mark.xdist_group("report")
+class TestReport:
+    def test_every_notebook_is_done_with_its_figures(self, report):
+        figures = {
+            n["name"]: {figure["name"] for figure in n["figures"]} for n in report[1]["notebooks"]
+        }
+        assert figures == FIGURES
+
+    def test_claims_have_their_verdicts(self, report):
+        verdicts = {claim["id"]: claim["verdict"] for claim in report[1]["claims"]}
+        assert verdicts["depth-22"] == "depends"  # Table 1 does not add up in three rows
+        assert verdicts["vgg-cost"] in ("supported", "depends")  # hangs on the clock
+        assert verdicts["reduction"] == "supported"
+        assert verdicts["aux-gradient"] == "depends"  # without batch norm only
+
+    def test_claims_hold_the_numbers(self, report):
+        claims = {claim["id"]: claim["measured"] for claim in report[1]["claims"]}
+        assert claims["depth-22"] == {
+            "layers": 22,
+            "macs": 1_582_671_872,
+            "rows_that_disagree": ["conv1", "4a", "5a"],
+        }
+        assert claims["vgg-cost"]["mac_ratio"] == pytest.approx(15_470_264_320 / 1_582_671_872)
+        assert claims["vgg-cost"]["top1_gain"] == pytest.approx(71.592 - 69.778)
+        assert claims["reduction"]["mac_ratio"] > 5
+
+    def test_heads_rescue_the_network_without_norm_only(self, report):
+        out, manifest = report
+        measured = next(c for c in manifest["claims"] if c["id"] == "aux-gradient")["measured"]
+        for name, ratio in measured["ratios"].items():
+            assert (ratio >= 5) if name.startswith("no norm") else (0.8 <= ratio <= 1.25), name
+        assert measured["escaped_with_heads"] == measured["seeds"] == 2
+        assert measured["escaped_without_heads"] < 2
+        metrics = pd.read_csv(out / "03_auxiliary_heads" / "training_with_and_without_heads.csv")
+        last = metrics[metrics.step > metrics.step.max() - 10].groupby("variant").loss.mean()
+        assert last["with heads"] < 2.4 < last["without heads"]
+
+    def test_weights_and_device_stand_in_the_manifest(self, report):
+        facts = {n["name"]: n["facts"] for n in report[1]["notebooks"]}
+        assert all("device" in fact and "weights" in fact for fact in facts.values())
+        assert "random weights (seed 0)" in facts["02_branch_activations"]["weights"]
+
+    def test_pages_exist_and_refer_to_existing_files(self, report):
+        out = report[0]
+        html = (out / "index.html").read_text()
+        links = re.findall(r'(?:href|src)="([^"#:]+)"', html)
+        assert len(links) > 40
+        for link in links:
+            assert (out / link).is_file(), link
+
+    def test_executed_notebooks_show_no_warning(self, report):
+        out, manifest = report
+        for entry in manifest["notebooks"]:
+            notebook = nbformat.read(out / entry["name"] / f"{entry['name']}.ipynb", 4)
+            streams = [
+                o.text
+                for c in notebook.cells
+                for o in c.get("outputs", [])
+                if o.output_type == "stream" and o.name == "stderr"
+            ]
+            assert not streams, streams

@@ -1,0 +1,85 @@
+"""What users install and read: pyproject, environment.yml, README, public names."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import gnetlab
+
+ROOT = Path(__file__).parent.parent
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+NAMED_BY_THE_USER = {
+    "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "fvcore", "captum", "papermill",
+}  # fmt: skip
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_environment_yml_and_pyproject_ask_for_the_same():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = dict(
+        line.split(" ", 1)
+        for line in environment["dependencies"]
+        if isinstance(line, str) and line != "pip"
+    )
+    asked = project()
+    lines = [*asked["dependencies"], *asked["optional-dependencies"]["test"]]
+    pip = {(r := Requirement(line)).name: str(r.specifier) for line in lines}
+    pip = {CONDA_NAMES.get(name, name): bound for name, bound in pip.items()}
+    pip["python"] = asked["requires-python"]
+    assert conda == pip
+
+
+def test_every_package_named_by_the_user_is_required_and_used():
+    required = {Requirement(line).name for line in project()["dependencies"]}
+    assert required >= NAMED_BY_THE_USER
+    sources = "".join(p.read_text() for p in (ROOT / "gnetlab").rglob("*.py"))
+    sources += "".join(p.read_text() for p in (ROOT / "notebooks").glob("*.ipynb"))
+    for name in NAMED_BY_THE_USER - {"jupyterlab"}:
+        assert re.search(rf"(import|from) {name}\b", sources), f"{name} is never imported"
+
+
+def test_version_is_the_same_everywhere():
+    assert gnetlab.__version__ == project()["version"] == importlib.metadata.version("gnetlab")
+
+
+def test_public_names_resolve_and_are_documented():
+    for name in gnetlab.__all__:
+        value = getattr(gnetlab, name)
+        assert not callable(value) or value.__doc__, name
+
+
+def test_unknown_public_name_lists_the_known():
+    with pytest.raises(AttributeError, match="layer_costs"):
+        gnetlab.layer_cost  # noqa: B018
+
+
+def test_importing_gnetlab_imports_nothing_heavy():
+    code = "import sys, gnetlab; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "pandas", "matplotlib", "torchvision"} & set(loaded)
+
+
+def test_readme_links_and_figures_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_path_of_a_machine_in_tracked_text():
+    suspicious = re.compile(r"/(?:home|root|work|tmp)/\w")
+    for path in subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n"):
+        if path and Path(path).suffix in {".py", ".md", ".ipynb", ".json", ".toml", ".yml", ".csv"}:
+            assert not suspicious.search((ROOT / path).read_text()), path

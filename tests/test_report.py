@@ -1,0 +1,250 @@
+"""The report on small notebooks made here: planning, execution, failures, pages, publishing."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from gnetlab.report import page, runner
+
+PARAMETERS = 'profile = "fast"\ndevice = "auto"\nseed = 0\nrate = 0.5\noutput_dir = "output"'
+FIGURE = """
+import pandas as pd
+from matplotlib.figure import Figure
+from gnetlab.draw.figures import save
+figure = Figure((2, 2))
+figure.subplots().plot([seed, 1])
+figure.set_label("a <b>line</b>")
+save(figure, "line", pd.DataFrame({"x": [seed]}), directory=output_dir)
+"""
+
+
+def write(path: Path, *cells: str, parameters: str | None = PARAMETERS) -> Path:
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "x", "language": "python"}
+    if parameters is not None:
+        cell = nbformat.v4.new_code_cell(parameters)
+        cell.metadata["tags"] = ["parameters"]
+        notebook.cells.append(cell)
+    notebook.cells += [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(notebook, path)
+    return path
+
+
+def plan(paths, parameters=None):
+    return runner.plan(paths, parameters or {}, {"profile": "fast", "device": "cpu"})
+
+
+def test_parameters_are_checked_and_typed_before_anything_runs(tmp_path):
+    a = write(tmp_path / "a.ipynb", "")
+    b = write(tmp_path / "b.ipynb", "", parameters=PARAMETERS + "\nsteps = 3")
+    one, two = plan([a, b], {"seed": "7", "rate": "2", "steps": "9"})
+    assert one.parameters == {"profile": "fast", "device": "cpu", "seed": 7, "rate": 2.0}
+    assert two.parameters["steps"] == 9
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"sead": "1"}, "unknown parameter sead. Did you mean seed. Known: device, profile"),
+        ({"output_dir": "x"}, "unknown parameter output_dir"),
+        ({"seed": "one"}, "parameter seed takes int .default 0., but 'one' was given"),
+        ({"seed": "1.5"}, "parameter seed takes int"),
+        ({"rate": "true"}, "parameter rate takes float"),
+    ],
+)
+def test_wrong_parameters(parameters, message, tmp_path):
+    path = write(tmp_path / "a.ipynb", "")
+    with pytest.raises(runner.ReportError, match=message):
+        plan([path], parameters)
+
+
+def test_all_problems_come_in_one_error(tmp_path):
+    (tmp_path / "text.ipynb").write_text("<<<<<<< not JSON")
+    paths = [
+        tmp_path / "text.ipynb",
+        write(tmp_path / "none.ipynb", "", parameters=None),
+        write(tmp_path / "little.ipynb", "", parameters="seed = 0"),
+    ]
+    with pytest.raises(runner.ReportError) as caught:
+        plan(paths, {"sead": "1"})
+    message = str(caught.value)
+    assert "text.ipynb is not a notebook" in message
+    assert "none.ipynb has 0 cells tagged 'parameters'" in message
+    assert "little.ipynb: its parameters cell lacks profile, device, output_dir" in message
+    assert "unknown parameter sead" in message
+
+
+def test_two_parameter_cells_are_refused(tmp_path):
+    path = write(tmp_path / "two.ipynb", "x = 1")
+    notebook = nbformat.read(path, 4)
+    notebook.cells[1].metadata["tags"] = ["parameters"]
+    nbformat.write(notebook, path)
+    with pytest.raises(runner.ReportError, match="2 cells tagged"):
+        plan([path])
+
+
+def test_missing_notebook_lists_the_known():
+    with pytest.raises(runner.ReportError, match=r"99 \(known: 01_compute_cost"):
+        runner.find_notebooks(["99"])
+    assert [path.stem for path in runner.find_notebooks(["02"])] == ["02_branch_activations"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """One report over a good notebook, one that raises, and one that leaves with status 0."""
+    root = tmp_path_factory.mktemp("report")
+    paths = [
+        write(root / "good.ipynb", FIGURE, "print(seed, rate)"),
+        write(root / "raises.ipynb", "1 / 0", "x = 1"),
+        write(root / "leaves.ipynb", "import sys; sys.exit(0)", "x = 1"),
+    ]
+    seen = []
+    jobs = plan(paths, {"seed": "3"})
+
+    def progress(job):
+        seen.append((job.name, job.status, job.cell))
+
+    manifest = runner.run(jobs, root / "out", command="gnetlab report", progress=progress)
+    for job in jobs:
+        page.write_notebook(job.folder / f"{job.name}.ipynb")
+    page.write_index(manifest, root / "out")
+    return root / "out", manifest, seen
+
+
+def entry(manifest, name):
+    return next(n for n in manifest["notebooks"] if n["name"] == name)
+
+
+def test_each_notebook_gets_its_true_status(report):
+    _, manifest, _ = report
+    assert {n["name"]: n["status"] for n in manifest["notebooks"]} == {
+        "good": "done",
+        "raises": "failed",
+        "leaves": "failed",
+    }
+    assert entry(manifest, "raises")["error"] == "ZeroDivisionError: division by zero"
+
+
+def test_leaving_a_notebook_early_is_not_success(report):
+    assert entry(report[1], "leaves")["error"].startswith("SystemExit: 0")
+
+
+@pytest.mark.parametrize(
+    ("count", "error"), [(None, "code cell 1 never ran (the kernel ended before it)"), (3, "")]
+)
+def test_a_cell_that_never_ran_is_noticed(count, error, tmp_path):
+    path = write(tmp_path / "n.ipynb")
+    notebook = nbformat.read(path, 4)
+    notebook.cells[0].execution_count = count
+    nbformat.write(notebook, path)
+    assert runner._unfinished(path) == error
+
+
+def test_parameters_reach_the_notebook(report):
+    out, manifest, _ = report
+    notebook = nbformat.read(out / "good" / "good.ipynb", 4)
+    assert "3 0.5" in notebook.cells[-1].outputs[0].text
+    assert entry(manifest, "good")["parameters"]["seed"] == 3
+
+
+def test_a_failed_notebook_is_kept_with_its_traceback(report):
+    out, manifest, _ = report
+    assert not (out / "raises").exists()
+    notebook = nbformat.read(out / "failed" / "raises" / "raises.ipynb", 4)
+    assert any(o.output_type == "error" for c in notebook.cells for o in c.get("outputs", []))
+    assert entry(manifest, "raises")["folder"] == "failed/raises"
+    assert not list(out.glob(".part-*"))
+
+
+def test_progress_counts_cells(report):
+    events = [event for event in report[2] if event[0] == "good"]
+    assert events[0][1:] == ("running", 0)
+    assert [cell for _, state, cell in events if state == "running"] == [0, 1, 2, 3, 4]
+    assert events[-1][1] == "done"
+
+
+def test_manifest_says_what_made_the_report(report):
+    out, manifest, _ = report
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert {"torch", "papermill"} <= manifest["packages"].keys()
+    figure = entry(manifest, "good")["figures"][0]
+    assert figure["name"] == "line"
+    assert figure["files"].keys() == {"png", "svg", "pdf", "csv"}
+    assert len(figure["files"]["png"]["sha256"]) == 64
+    assert str(out) not in (out / "manifest.json").read_text()
+
+
+def test_executed_notebook_says_nothing_of_this_machine(report):
+    out = report[0]
+    notebook = nbformat.read(out / "good" / "good.ipynb", 4)
+    assert "papermill" not in notebook.metadata
+    assert not any("papermill" in cell.metadata for cell in notebook.cells)
+    assert str(out.parent) not in (out / "good" / "good.ipynb").read_text()
+
+
+def test_index_shows_figures_failures_and_claims_and_escapes(report):
+    html = (report[0] / "index.html").read_text()
+    assert 'src="good/line.png"' in html
+    assert 'href="good/line.pdf"' in html
+    assert "ZeroDivisionError: division by zero" in html
+    assert "22 layers deep" in html
+    assert "a <b>line</b>" not in html
+    assert "a &lt;b&gt;line&lt;/b&gt;" in html
+
+
+@pytest.mark.parametrize("name", ["index.html", "good/good.html", "failed/raises/raises.html"])
+def test_pages_ask_the_network_for_nothing(name, report):
+    html = (report[0] / name).read_text()
+    assert "<script" not in html
+    for attribute in ('src="http', "src='http", '<link rel="stylesheet"', "@import", "url(http"):
+        assert attribute not in html
+
+
+def test_a_failure_leaves_the_last_good_result(tmp_path):
+    path = write(tmp_path / "n.ipynb", "print('good')")
+    runner.run(plan([path]), tmp_path / "out")
+    before = (tmp_path / "out" / "n" / "n.ipynb").read_bytes()
+    write(path, "raise ValueError('bad')")
+    manifest = runner.run(plan([path]), tmp_path / "out")
+    assert manifest["notebooks"][0]["error"] == "ValueError: bad"
+    assert (tmp_path / "out" / "n" / "n.ipynb").read_bytes() == before
+
+
+def test_an_interrupt_cancels_the_rest_and_still_writes_the_manifest(tmp_path, monkeypatch):
+    import papermill
+
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(papermill, "execute_notebook", interrupted)
+    paths = [write(tmp_path / f"{name}.ipynb", "") for name in "ab"]
+    manifest = runner.run(plan(paths), tmp_path / "out")
+    assert [n["status"] for n in manifest["notebooks"]] == ["cancelled", "cancelled"]
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert not list((tmp_path / "out").glob(".part-*"))
+
+
+def test_output_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = write(tmp_path / "n.ipynb", "")
+    with pytest.raises(runner.ReportError, match="choose another --output"):
+        runner.run(plan([path]), tmp_path / "file" / "out")
+
+
+def test_publishing_replaces_the_folder_and_needs_everything(report, tmp_path, monkeypatch):
+    out, manifest, _ = report
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path / "notebooks" / "good.ipynb", "")
+    target = tmp_path / "figures"
+    target.mkdir()
+    (target / "stale.png").write_text("")
+    runner.publish(manifest, out, target)
+    names = {path.name for path in target.iterdir()}
+    assert names == {"line.png", "line.svg", "line.pdf", "line.csv", "manifest.json"}
+    write(tmp_path / "notebooks" / "raises.ipynb", "")
+    with pytest.raises(runner.ReportError, match="lacking: raises"):
+        runner.publish(manifest, out, target)
+    assert {path.name for path in target.iterdir()} == names
