@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
-from gnetlab.measure.hooks import record
+from gnetlab.measure.hooks import in_mode, record
 from gnetlab.net.model import branch_names
 
 
@@ -60,14 +60,10 @@ def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> p
             f"{type(model).__name__} has no Inception modules of gnetlab; load torchvision's "
             "weights into gnetlab.googlenet('torchvision') instead"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), record(model, names, reduce=_accumulate) as sums:
-            for batch in [batches] if isinstance(batches, Tensor) else batches:
-                model(batch)
-    finally:
-        model.train(was_training)
+    evaluating = in_mode(model, training=False)
+    with evaluating, torch.no_grad(), record(model, names, reduce=_accumulate) as sums:
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
+            model(batch)
     frames = [_branch_frame(name, sums[name]) for name in names]
     frame = pd.concat(frames, ignore_index=True)
     stages = frame.groupby("stage", sort=False)
@@ -126,13 +122,9 @@ def liveliest_channels(
     image 1 x C x H x W. Returns stage -> branch -> count x h x w float32. The first channels in
     memory order show chance; these show what a branch reacts to.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), record(model, branch_names(model)) as recorded:
-            model(image)
-    finally:
-        model.train(was_training)
+    evaluating = in_mode(model, training=False)
+    with evaluating, torch.no_grad(), record(model, branch_names(model)) as recorded:
+        model(image)
     sheet: dict[str, dict[str, np.ndarray]] = {}
     for name, values in recorded.items():
         stage, branch = locate(name)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.hooks import in_mode
 from gnetlab.net.model import branch_names
 
 
@@ -47,29 +48,20 @@ def branch_attribution(
     unknown = [name for name in names if name not in modules]
     if unknown:
         raise ValueError(f"no module {unknown[0]!r}; branches: branch_names(model)")
-    was_training = model.training
-    model.eval()
-    try:
+    if method not in ("gradient_x_activation", "grad_cam"):
+        raise ValueError(f"method={method!r} asked; choose 'gradient_x_activation' or 'grad_cam'")
+    layers = [modules[name] for name in names]
+    with in_mode(model, training=False):
         if targets is None:
             with torch.no_grad():
                 targets = model(images).argmax(1)
-        layers = [modules[name] for name in names]
         if method == "gradient_x_activation":
             maps = LayerGradientXActivation(model, layers).attribute(images, target=targets)
             maps = [m.sum(1) for m in maps]
-        elif method == "grad_cam":
-            maps = [
-                LayerGradCam(model, layer).attribute(
-                    images, target=targets, relu_attributions=True
-                )[:, 0]
-                for layer in layers
-            ]
         else:
-            raise ValueError(
-                f"method={method!r} asked; choose 'gradient_x_activation' or 'grad_cam'"
-            )
-    finally:
-        model.train(was_training)
+            options = {"target": targets, "relu_attributions": True}
+            maps = [LayerGradCam(model, layer).attribute(images, **options) for layer in layers]
+            maps = [m[:, 0] for m in maps]
     return {name: m.detach().float().cpu().numpy() for name, m in zip(names, maps, strict=True)}
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.hooks import in_mode
 from gnetlab.net.model import googlenet
 
 HEAD_WEIGHT = 0.3
@@ -46,7 +47,8 @@ def split_gradients(
     """Gradient of every weight by source: layer name -> source -> tensor like the weight.
 
     Weights are parameters of more than one dimension (biases and batch norm left out). A source
-    that does not reach a layer (aux1 above 4a, aux2 above 4d) is absent; "total" is the sum.
+    that does not reach a layer (aux1 above 4a, aux2 above 4d) is absent, and so is a layer that
+    none reaches; "total" is the sum.
 
     The model runs once, in training mode. Its mode, buffers (batch-norm statistics), `.grad` and
     the random state are as before afterwards, so that looking does not change a training.
@@ -66,6 +68,7 @@ def split_gradients(
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     split[name][source] = gradient
+    split = {name: by_source for name, by_source in split.items() if by_source}
     for by_source in split.values():
         by_source["total"] = torch.stack(list(by_source.values())).sum(0)
     return split
@@ -73,18 +76,15 @@ def split_gradients(
 
 @contextlib.contextmanager
 def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.train()
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), in_mode(model, training=True):
         try:
             yield
         finally:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
-            for module, mode in modes:
-                module.training = mode
 
 
 def gradient_flow(
@@ -146,15 +146,16 @@ def at_initialization(
     the batch and dropout).
     """
     frames = []
-    for (norm, norm_value), (init, init_value) in product(norms.items(), inits.items()):
-        for seed in seeds:
-            model = googlenet(norm=norm_value, init=init_value, seed=seed, **network)
-            batch = data.train_batch(0, batch_size, seed)
-            cuda = [data.device] if data.device.type == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):
-                torch.manual_seed(seed)  # dropout
-                flow = gradient_flow(model.to(data.device), *batch)
-            frames.append(flow.assign(norm=norm, init=init, seed=seed))
+    for (norm, norm_value), (init, init_value), seed in product(
+        norms.items(), inits.items(), seeds
+    ):
+        model = googlenet(norm=norm_value, init=init_value, seed=seed, **network)
+        batch = data.train_batch(0, batch_size, seed)
+        cuda = [data.device] if data.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed)  # dropout
+            flow = gradient_flow(model.to(data.device), *batch)
+        frames.append(flow.assign(norm=norm, init=init, seed=seed))
     return pd.concat(frames, ignore_index=True)
 
 

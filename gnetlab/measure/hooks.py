@@ -2,6 +2,7 @@
 
 `record()`    keep, or reduce as they come, the outputs of named modules
 `observe()`   call a function whenever a named module runs; what the rest of the package builds on
+`in_mode()`   training or eval mode for a with-block, every module's own mode afterwards
 
 This is the only file in the package that registers hooks.
 """
@@ -47,6 +48,18 @@ def observe(model: nn.Module, names: Iterable[str], observer: Observer) -> Itera
 
             stack.callback(modules[name].register_forward_hook(hook).remove)
         yield
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put `model` into training or eval mode; each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Recording(Mapping[str, Any]):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+
+from gnetlab.measure.hooks import in_mode
 
 
 def resolve_device(device: str = "auto") -> torch.device:
@@ -29,10 +32,14 @@ def resolve_device(device: str = "auto") -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} asked; choose 'auto', 'cpu' or 'cuda'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    backends = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    backend = backends.get(found.type)
+    there = backend is not None and backend.is_available()
+    if not there or (found.index or 0) >= getattr(backend, "device_count", lambda: 1)():
         raise ValueError(
-            f"device={device!r} asked, but PyTorch finds no CUDA device (driver, or a CPU build of "
-            "PyTorch?); use device='auto' or 'cpu'"
+            f"device={device!r} asked, but PyTorch finds no {found.type.upper()} device of this "
+            "number (a missing driver, or a build of PyTorch without it?); use device='auto' or "
+            "'cpu'"
         )
     return found
 
@@ -83,11 +90,11 @@ def measure_latency(
         models = {type(models).__name__: models}
     device = torch.device(device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    modes = {name: model.training for name, model in models.items()}
     rows = []
-    try:
+    with contextlib.ExitStack() as stack:
         for model in models.values():
-            model.to(device=device, dtype=dtype, memory_format=layout).eval()
+            model.to(device=device, dtype=dtype, memory_format=layout)
+            stack.enter_context(in_mode(model, training=False))
         for batch_size in batch_sizes:
             images = torch.randn(batch_size, *input_size, device=device, dtype=dtype)
             images = images.contiguous(memory_format=layout)
@@ -122,9 +129,6 @@ def measure_latency(
                         "peak_memory": peaks[name],
                     }
                 )
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
     return pd.DataFrame(rows).astype({"peak_memory": "Int64"})
 
 

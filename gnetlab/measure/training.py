@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from gnetlab.measure.gradients import HEAD_WEIGHT, weighted_losses
+from gnetlab.measure.hooks import in_mode
 from gnetlab.net.model import googlenet
 
 METRICS = ("step", "split", "source", "loss", "accuracy")
@@ -104,6 +105,7 @@ def train(
             if test:
                 scores = evaluate(model, data, channels_last=channels_last)
                 records.append({"step": step + 1, "split": "test", "source": "main", **scores})
+                _check_finite(records)
             if save:
                 _save(path, model, optimizer, step + 1, records, device)
     return _frame(records)
@@ -124,6 +126,8 @@ def compare(
 
     Columns: those of `train`, and `variant`, `seed`.
     """
+    if "checkpoint" in options:
+        raise ValueError("compare() trains several networks; one checkpoint cannot serve them all")
     frames = []
     for (variant, changes), seed in product(variants.items(), seeds):
         model = googlenet(**{**network, **changes}, seed=seed).to(data.device)
@@ -135,10 +139,8 @@ def compare(
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dict[str, float]:
     """`loss` (mean cross-entropy in nats) and `accuracy` (fraction) on the test images."""
-    was_training = model.training
-    model.eval()
     loss = correct = count = 0
-    try:
+    with in_mode(model, training=False):
         for images, labels in data.test_batches():
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -146,8 +148,6 @@ def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dic
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
             correct = correct + (logits.argmax(1) == labels).sum()
             count += len(labels)
-    finally:
-        model.train(was_training)
     return {"loss": float(loss) / count, "accuracy": float(correct) / count}
 
 
@@ -209,7 +209,11 @@ def _read(pending: list, records: list[dict[str, Any]]) -> None:
                 }
             )
     pending.clear()
-    bad = next((r for r in records if r["loss"] - r["loss"] != 0), None)  # inf or nan
+    _check_finite(records)
+
+
+def _check_finite(records: list[dict[str, Any]]) -> None:
+    bad = next((r for r in records if not math.isfinite(r["loss"])), None)
     if bad:
         error = RuntimeError(
             f"the {bad['source']} loss became {bad['loss']} at step {bad['step']}; lower the "

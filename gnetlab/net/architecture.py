@@ -117,6 +117,8 @@ class Architecture:
         _check_choice("pool4_size", self.pool4_size, (2, 3))
         for head in self.heads:
             _check_choice("a head", head, tuple(HEAD_AFTER))
+        if len(set(self.heads)) < len(self.heads):
+            raise ValueError(f"heads = {self.heads!r} asked; name each head once")
         for field in ("in_channels", "num_classes"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:

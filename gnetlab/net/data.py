@@ -17,17 +17,24 @@ from __future__ import annotations
 
 import functools
 import gzip
+import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
+# What Pillow raises for a file it cannot read; SyntaxError is for a broken PNG.
+_UNREADABLE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError,
+)  # fmt: skip
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, RGB in [0, 1]
+OFFLINE = "GNETLAB_OFFLINE"  # an environment variable; set to anything: never fetch
 FASHION_MNIST_FOLDERS = (
     "/usr/share/datasets/fashion-mnist",  # Debian's package dataset-fashion-mnist
     "~/.cache/gnetlab/FashionMNIST/raw",
@@ -100,8 +107,9 @@ def open_image(image: str | Path) -> Photograph:
         )
     try:
         with Image.open(path) as opened:
-            pixels = np.asarray(opened.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+            upright = ImageOps.exif_transpose(opened)  # as the camera was held
+            pixels = np.asarray(upright.convert("RGB"))
+    except _UNREADABLE as error:
         raise ValueError(
             f"image {path} cannot be read ({error}); give a PNG, JPEG, WebP or TIFF file"
         ) from error
@@ -159,9 +167,9 @@ def load(
 class PhotoCrops:
     """Which photograph is this crop from? 16 classes, 3 channels, always available.
 
-    Training and test crops come from disjoint regions (the first 70% and the last 30% of a
-    photograph's longer side), with a side of 48 to 160 px of the photograph (at most 512 px
-    tall or wide, larger ones are reduced first), half of them mirrored, resized to size x size.
+    Training and test crops come from disjoint regions: the first 70% and, after a gap of 4 px, the
+    rest of a photograph's longer side. A crop is a square of 48 to 160 px of the photograph (those
+    larger than 512 px are reduced first), half of them mirrored, resized to size x size.
 
     All crops of a batch are cut by one `grid_sample` on the device, out of an atlas that holds
     every photograph at full, half and quarter resolution: a crop reads from the level nearest to
@@ -187,22 +195,25 @@ class PhotoCrops:
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
-        return self._crops("train", batch_size, seed * 1_000_003 + step)
+        return self._cut(*self._draw("train", batch_size, seed * 1_000_003 + step))
 
     def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
         """The fixed test set of `test_size` crops, in batches."""
-        for i, start in enumerate(range(0, self.test_size, batch_size)):
-            yield self._crops("test", min(batch_size, self.test_size - start), 10**9 + 7 + i)
+        whole = self._draw("test", self.test_size, 10**9 + 7)
+        for part in zip(*(drawn.split(batch_size) for drawn in whole), strict=True):
+            yield self._cut(*part)
 
     def regions(self, split: str, photograph: int) -> tuple[float, float, float, float]:
         """Top, left, height, width in pixels of what `split` may see of a photograph."""
         _, height, width = self._places[photograph][0]
         long, short = max(height, width), min(height, width)
         cut = round(long * self.TRAIN_SHARE)
-        start, extent = (0, cut) if split == "train" else (cut, long - cut)
+        gap = 4  # a pixel of the lowest resolution covers 4: no crop sees across the cut
+        start, extent = (0, cut) if split == "train" else (cut + gap, long - cut - gap)
         return (start, 0, extent, short) if height >= width else (0, start, short, extent)
 
-    def _crops(self, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _draw(self, split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, squares (top, left, side in pixels of the photograph) and whether mirrored."""
         # Drawn on the CPU, so that every device sees the same crops.
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self.classes), (count,), generator=generator)
@@ -212,26 +223,25 @@ class PhotoCrops:
         low, high = self.scale
         side = (low + random[0] * (high - low)).minimum(torch.minimum(height, width))
         top, left = top + random[1] * (height - side), left + random[2] * (width - side)
-        level = (side / self.size).log2().round().clamp(0, 2).long()
-        origin = torch.tensor([[at for at, _, _ in levels] for levels in self._places])
-        origin = origin[labels, level].float()
-        reduction = 2.0**level
+        return labels, torch.stack([top, left, side], dim=1), random[3] < 0.5
 
-        steps = (torch.arange(self.size) + 0.5) / self.size
-        rows = (top[:, None] + side[:, None] * steps) / reduction[:, None] + origin[:, None]
-        columns = (left[:, None] + side[:, None] * steps) / reduction[:, None]
-        columns = torch.where(random[3][:, None] < 0.5, columns, columns.flip(1))
-        atlas_height, atlas_width = self._atlas.shape[2:]
-        shape = (count, self.size, self.size)
-        grid = torch.stack(
-            [
-                (columns * (2 / atlas_width) - 1)[:, None, :].expand(shape),
-                (rows * (2 / atlas_height) - 1)[:, :, None].expand(shape),
-            ],
-            dim=-1,
-        ).view(1, count * self.size, self.size, 2)
-        pixels = F.grid_sample(self._atlas, grid.to(self.device), align_corners=False)
-        images = pixels.view(3, count, self.size, self.size).transpose(0, 1).contiguous()
+    def _cut(self, labels: Tensor, squares: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        count, size = len(labels), self.size
+        top, left, side = (values[:, None] for values in squares.unbind(1))
+        level = (side[:, 0] / size).log2().round().clamp(0, 2).long()
+        origin = torch.tensor([[row for row, _, _ in levels] for levels in self._places])
+        origin, reduction = origin[labels, level][:, None], 2.0 ** level[:, None]
+        steps = (torch.arange(size) + 0.5) / size
+        rows = (top + side * steps) / reduction + origin
+        columns = (left + side * steps) / reduction + 1  # 1: the border on the left
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        height, width = self._atlas.shape[2:]
+        shape = (count, size, size)
+        x = (columns * (2 / width) - 1)[:, None, :].expand(shape)
+        y = (rows * (2 / height) - 1)[:, :, None].expand(shape)
+        grid = torch.stack([x, y], dim=-1).view(1, count * size, size, 2).to(self.device)
+        pixels = F.grid_sample(self._atlas, grid, align_corners=False)
+        images = pixels.view(3, count, size, size).transpose(0, 1).contiguous()
         return images, labels.to(self.device)
 
 
@@ -239,7 +249,8 @@ class PhotoCrops:
 def _atlas(largest: int) -> tuple[Tensor, list[list[tuple[int, int, int]]]]:
     """All photographs at three resolutions, one above the other: 1 x 3 x H x W, normalized.
 
-    With it, for every photograph and level: the row where it starts, its height and its width.
+    With it, for every photograph and level: the row where it starts (its column is 1), its height
+    and its width.
     """
     images, places, row = [], [], 0
     for photograph in photographs().values():
@@ -249,9 +260,9 @@ def _atlas(largest: int) -> tuple[Tensor, list[list[tuple[int, int, int]]]]:
         for level in range(3):
             shape = [max(1, round(side / shrink / 2**level)) for side in image.shape[2:]]
             small = F.interpolate(image, shape, mode="bilinear", antialias=True)
-            levels.append((row, *shape))
-            # The last row and column once more: bilinear reading at the edge mixes nothing foreign.
-            small = F.pad(normalize(small), (0, 1, 0, 1), mode="replicate")
+            levels.append((row + 1, *shape))
+            # A border of the outermost pixels: bilinear reading at the edge mixes nothing foreign.
+            small = F.pad(normalize(small), (1, 1, 1, 1), mode="replicate")
             images.append(small)
             row += small.shape[2]
         places.append(levels)
@@ -338,7 +349,9 @@ def _fashion_mnist_folder(folder: str | Path | None) -> Path:
     for place in places:
         if any(place.glob("train-images-idx3-ubyte*")):
             return place
-    if folder is None:
+    if folder is None and os.environ.get(OFFLINE):
+        reason = f"{OFFLINE} is set, so it is not fetched"
+    elif folder is None:
         from torchvision.datasets import FashionMNIST as Fetched
 
         try:
@@ -363,7 +376,7 @@ def _read_idx(path: Path) -> np.ndarray:
         dimensions = content[3]
         shape = np.frombuffer(content, ">u4", dimensions, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
-    except (OSError, EOFError, ValueError, IndexError) as error:
+    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole IDX file ({error}); install it again") from error
 
 

@@ -335,8 +335,12 @@ def build(
     with torch.random.fork_rng(devices=[]) if seed is not None else contextlib.nullcontext():
         if seed is not None:
             torch.manual_seed(seed)
+        before = torch.get_rng_state()
         model = GoogLeNet(arch)
-        initialize(model, init)
+        if init is not None:
+            # Heads come last and must not shift what the trunk draws: start over.
+            torch.set_rng_state(before)
+            initialize(model, init)
     return model
 
 

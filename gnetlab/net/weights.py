@@ -25,7 +25,6 @@ from gnetlab.net import data
 from gnetlab.net.architecture import Architecture
 
 IMAGENET_SHA256 = "1378be20"  # the first digits, as in the file's name (torch.hub's convention)
-OFFLINE = "GNETLAB_OFFLINE"  # set to anything: never fetch
 
 _TORCHVISION_NAMES = {
     "conv2.": "conv2_reduce.",
@@ -105,8 +104,8 @@ def imagenet_path() -> tuple[str, Path]:
 def _imagenet() -> Found:
     url, path = imagenet_path()
     if not path.exists():
-        if os.environ.get(OFFLINE):
-            raise OSError(f"{OFFLINE} is set")
+        if os.environ.get(data.OFFLINE):
+            raise OSError(f"{data.OFFLINE} is set")
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
             pass  # torch.hub waits for ever where nothing answers; this does not
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,8 +222,8 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor, *, passes: int = 1) -
     magnitude from module to module.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [(m.momentum, m.training) for m in norms]
-    was_training = model.training
+    momenta = [m.momentum for m in norms]
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for norm in norms:
@@ -234,10 +233,10 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor, *, passes: int = 1) -
         for _ in range(passes):
             model(images)
     finally:
-        model.train(was_training)
-        for norm, (momentum, training) in zip(norms, before, strict=True):
+        for module, mode in modes:
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.train(training)
 
 
 def calibration_images(size: int, channels: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,0 +1,204 @@
+"""Attributions equal Captum's, layer by layer, and autograd's, in float64."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import gnetlab as gl
+from gnetlab.measure.attribution import attribution_shares, branch_attribution, by_stage
+from gnetlab.measure.hooks import record
+
+METHODS = ("gradient_x_activation", "grad_cam")
+
+
+def small():
+    model = gl.googlenet("torchvision", width=0.1, num_classes=5, seed=0, init="kaiming")
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 3, 48, 48, generator=generator, dtype=torch.float64)
+
+
+TARGETS = torch.tensor([4, 0, 2])
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def maps(images, method):
+    return branch_attribution(small(), images, TARGETS, method=method)
+
+
+def test_maps_equal_captums_layer_by_layer(maps, images, method):
+    from captum.attr import LayerGradCam, LayerGradientXActivation
+
+    model, seen = small().eval(), 0
+    for name in gl.branch_names(model):
+        layer = model.get_submodule(name)
+        if method == "grad_cam":
+            expected = LayerGradCam(model, layer).attribute(images, TARGETS)[:, 0].clamp(min=0)
+        else:
+            expected = LayerGradientXActivation(model, layer).attribute(images, TARGETS).sum(1)
+        expected = expected.detach()
+        scale = float(expected.abs().max())
+        np.testing.assert_allclose(maps[name], expected, rtol=1e-6, atol=1e-7 * scale)
+        seen += scale > 0
+    assert seen > 20  # Grad-CAM may cut a branch's whole map off
+
+
+@pytest.mark.parametrize("name", ["inception3a.branch5x5", "inception4c.branch_pool"])
+def test_maps_equal_autograds(maps, images, method, name):
+    model, kept = small().eval(), []
+    model.get_submodule(name).register_forward_hook(lambda *call: kept.append(call[-1]))
+    logits = model(images)[range(3), TARGETS]
+    (gradient,) = torch.autograd.grad(logits.sum(), kept)
+    if method == "grad_cam":
+        expected = (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1).relu()
+    else:
+        expected = (gradient * kept[0]).sum(1)
+    expected = expected.detach()
+    np.testing.assert_allclose(maps[name], expected, rtol=1e-6, atol=1e-7 * expected.abs().max())
+
+
+def test_the_last_modules_attribution_is_the_logit(images):
+    # After 5b only a mean and a linear layer follow, so that nothing is left over.
+    model = small()
+    names = [name for name in gl.branch_names(model) if name.startswith("inception5b")]
+    maps = branch_attribution(model, images, TARGETS, names=names)
+    logits = model.eval()(images)[range(3), TARGETS] - model.fc.bias[TARGETS]
+    total = sum(values.sum((1, 2)) for values in maps.values())
+    np.testing.assert_allclose(total, logits.detach(), rtol=1e-5)
+
+
+def test_shapes_are_the_branches_own(maps, images):
+    model = small().eval()
+    names = gl.branch_names(model)
+    with torch.no_grad(), record(model, names) as recorded:
+        model(images)
+    assert list(maps) == names
+    for name, values in maps.items():
+        assert values.shape == (3, *recorded[name].shape[2:])
+        assert values.dtype == np.float32
+
+
+def test_grad_cam_cuts_negative_parts_off(images):
+    name = "inception4a.branch3x3"
+    signed, cut = (branch_attribution(small(), images, 0, names=[name], method=m) for m in METHODS)
+    assert signed[name].min() < 0
+    assert cut[name].min() == 0 < cut[name].max()
+
+
+def test_the_predicted_class_is_the_default(images, method):
+    model = small().eval()
+    predicted = model(images).argmax(1)
+    other = (predicted + 1) % 5
+    name = "inception4b.branch1x1"
+    default, same, another = (
+        branch_attribution(model, images, targets, names=[name], method=method)[name]
+        for targets in (None, predicted, other)
+    )
+    np.testing.assert_array_equal(default, same)
+    assert np.abs(default - another).max() > 0.01 * np.abs(default).max()
+
+
+def test_one_class_for_all_images(images, method):
+    name = "inception4b.branch1x1"
+    one, each = (
+        branch_attribution(small(), images, targets, names=[name], method=method)[name]
+        for targets in (3, torch.tensor([3, 3, 3]))
+    )
+    np.testing.assert_array_equal(one, each)
+
+
+def test_names_choose_the_branches(maps, images, method):
+    names = ["inception5a.branch_pool", "inception3b.branch1x1"]
+    chosen = branch_attribution(small(), images, TARGETS, names=names, method=method)
+    assert list(chosen) == names
+    for name in names:
+        np.testing.assert_allclose(chosen[name], maps[name], rtol=1e-6, atol=1e-12)
+
+
+def test_an_unknown_name_is_an_error(images):
+    with pytest.raises(ValueError, match=r"no module 'inception3a\.branch7x7'"):
+        branch_attribution(small(), images, names=["conv1", "inception3a.branch7x7"])
+
+
+def test_an_unknown_method_is_an_error(images):
+    model = small()
+    with pytest.raises(ValueError, match="'saliency' asked; choose 'gradient_x_activation' or"):
+        branch_attribution(model, images, method="saliency")
+    assert model.training
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen batch norm"])
+def test_the_model_is_as_before(images, method, mode):
+    model = small().train(mode != "eval")
+    if mode == "frozen batch norm":
+        model.conv1.eval()
+    modes = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    own_images = images.clone()
+    names = ["inception3a.branch1x1", "inception5b.branch5x5"]
+    branch_attribution(model, own_images, names=names, method=method)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(own_images, images)
+    assert not own_images.requires_grad
+    assert own_images.grad is None
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_neither_no_grad_nor_frozen_weights_matter(maps, images, method):
+    model = small().requires_grad_(False)
+    name = "inception3b.branch3x3"
+    with torch.no_grad():
+        frozen = branch_attribution(model, images, TARGETS, names=[name], method=method)
+    np.testing.assert_allclose(frozen[name], maps[name], rtol=1e-6, atol=1e-12)
+
+
+def test_shares_sum_to_one_in_absolute_value(maps):
+    shares = attribution_shares(maps)
+    assert list(shares.columns) == ["module", "stage", "branch", "attribution", "share"]
+    assert shares.index.equals(pd.RangeIndex(36))
+    assert shares.module.tolist() == list(maps)
+    np.testing.assert_allclose(shares.share.abs().groupby(shares.stage).sum(), 1, rtol=1e-12)
+
+
+def test_shares_by_hand():
+    maps = {
+        "inception3a.branch1x1": np.float32([[[1, 2], [3, 4]], [[0, 0], [0, 2]]]),  # 10 and 2
+        "inception3a.branch_pool": np.float32([[[-1, -1], [0, 0]], [[0, 0], [-1, -1]]]),  # -2, -2
+        "inception4a.branch5x5": np.float32([[[-8]], [[2]]]),
+    }
+    shares = attribution_shares(maps).drop(columns="module")
+    assert shares.to_numpy().tolist() == [
+        ["3a", "1x1", 6.0, 0.75],
+        ["3a", "pool", -2.0, -0.25],
+        ["4a", "5x5", -3.0, -1.0],
+    ]
+
+
+def test_by_stage_chooses_modules_and_an_image(maps):
+    chosen = by_stage(maps, iter(("4c", "3a")), image=2)
+    assert list(chosen) == ["4c", "3a"]
+    assert list(chosen["4c"]) == ["1x1", "3x3", "5x5", "pool"]
+    np.testing.assert_array_equal(chosen["4c"]["pool"], maps["inception4c.branch_pool"][2])
+    first = by_stage(maps, ["3a"])["3a"]["1x1"]
+    np.testing.assert_array_equal(first, maps["inception3a.branch1x1"][0])
+
+
+def test_an_unknown_stage_is_an_error():
+    maps = {
+        "inception3a.branch1x1": np.zeros((1, 2, 2)),
+        "inception4b.branch5x5": np.ones((1, 1, 1)),
+    }
+    with pytest.raises(ValueError, match="no module 4a, 6x; there are 3a, 4b"):
+        by_stage(maps, ["3a", "4a", "6x"])
