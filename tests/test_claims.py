@@ -41,7 +41,7 @@ def test_depends_names_the_condition(tmp_path):
     judged = claims.check("depth-22", DEPTH | {"rows_that_disagree": ["5a"]}, directory=tmp_path)
     assert "5a" in judged.reason
     judged = claims.check("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, directory=tmp_path)
-    assert "yes for a only" in judged.reason
+    assert "yes for (a) only" in judged.reason
 
 
 def test_every_claim_says_where_from_and_by_what():

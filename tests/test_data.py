@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from gnetlab.net import data
 from gnetlab.net.data import (
@@ -83,6 +83,13 @@ def test_open_image_makes_rgb_of_every_mode(tmp_path, mode):
     Image.fromarray(noise(20, 30, 3)).convert(mode).save(path)
     pixels = open_image(path).pixels
     assert (pixels.shape, pixels.dtype) == ((20, 30, 3), np.uint8)
+
+
+def test_open_image_turns_a_photograph_upright(tmp_path):
+    pixels, exif = noise(20, 30, 3), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was held turned: rotate 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(open_image(tmp_path / "turned.png").pixels, np.rot90(pixels, -1))
 
 
 def test_open_image_that_is_not_there():

@@ -76,7 +76,7 @@ def _reduction(m: Mapping[str, Any]) -> Judgement:
 def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     ratios = m["ratios"]
     helped = [name for name, ratio in ratios.items() if ratio >= 2]
-    facts = "; ".join(f"{name}: {ratio:.3g}x" for name, ratio in ratios.items())
+    facts = "; ".join(f"({name}) {ratio:.3g}x" for name, ratio in ratios.items())
     facts = f"gradient at conv1 with heads over without, at initialization: {facts}"
     if "escaped_with_heads" in m:
         facts += (
@@ -86,7 +86,7 @@ def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     if len(helped) == len(ratios):
         return SUPPORTED, facts
     if helped:
-        return DEPENDS, f"yes for {', '.join(helped)} only. {facts}"
+        return DEPENDS, f"yes for ({') and ('.join(helped)}) only; {facts}"
     return NOT_SUPPORTED, facts
 
 
