@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import gnetlab
 
@@ -33,10 +34,10 @@ def test_environment_yml_and_pyproject_ask_for_the_same():
     )
     asked = project()
     lines = [*asked["dependencies"], *asked["optional-dependencies"]["test"]]
-    pip = {(r := Requirement(line)).name: str(r.specifier) for line in lines}
+    pip = {(r := Requirement(line)).name: r.specifier for line in lines}
     pip = {CONDA_NAMES.get(name, name): bound for name, bound in pip.items()}
-    pip["python"] = asked["requires-python"]
-    assert conda == pip
+    pip["python"] = SpecifierSet(asked["requires-python"])
+    assert {name: SpecifierSet(bound) for name, bound in conda.items()} == pip
 
 
 def test_every_package_named_by_the_user_is_required_and_used():

@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import nbformat
+from markupsafe import Markup
 
 TITLE = "GoogLeNet, measured"
 
@@ -27,9 +28,9 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def _stylesheet() -> jinja2.utils.markupsafe.Markup:
+def _stylesheet() -> Markup:
     text = files("gnetlab.report").joinpath("page.css").read_text(encoding="utf-8")
-    return jinja2.utils.markupsafe.Markup(text)  # ours, not a reader's
+    return Markup(text)  # ours, not a reader's
 
 
 def write_index(manifest: Mapping[str, Any], output: Path) -> Path:
@@ -55,11 +56,9 @@ def write_notebook(executed: Path) -> Path:
         .get_template("notebook.html")
         .render(
             title=executed.stem,
-            body=jinja2.utils.markupsafe.Markup(body),
+            body=Markup(body),
             style=_stylesheet(),
-            highlight=jinja2.utils.markupsafe.Markup(
-                HtmlFormatter(style="default").get_style_defs(".highlight")
-            ),
+            highlight=Markup(HtmlFormatter(style="default").get_style_defs(".highlight")),
         )
     )
     return _write(executed.with_suffix(".html"), page)
