@@ -233,18 +233,17 @@ def test_text_of_a_figure_lies_inside_it(name, costs, flow, metrics, table):
         canvas.draw()
         renderer = canvas.get_renderer()
         box = figure.bbox.padded(1)
-        # Ticks beyond the limits of their axis exist, but are not drawn.
+        # Ticks beyond the limits of their axis, or of hidden axes, exist but are not drawn.
         unseen = [
             tick.label1
             for ax in figure.axes
             for axis in (ax.xaxis, ax.yaxis)
             for tick in axis.get_major_ticks()
-            if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+            if not ax.axison
+            or not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
         ]
         outside = []
         for text in figure.findobj(Text):
-            if text.axes is not None and not text.axes.axison and text not in text.axes.texts:
-                continue  # a tick of axes that are switched off
             extent = text.get_window_extent(renderer)
             inside = box.contains(extent.x0, extent.y0) and box.contains(extent.x1, extent.y1)
             if text.get_text() and text.get_visible() and not inside:
