@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import shlex
 import sys
 from numbers import Integral
@@ -149,10 +150,14 @@ def costs(
 
     Example: gnetlab costs vgg16 googlenet:paper --input 224 --by branch
     """
-    import pandas as pd
+    gc.disable()  # collecting garbage while these are imported takes half a second
+    try:
+        import pandas as pd
+        import torchvision.models  # noqa: F401
 
-    from gnetlab.measure.costs import layer_costs
-
+        from gnetlab.measure.costs import layer_costs
+    finally:
+        gc.enable()
     keys = {
         "total": [], "stage": ["stage"], "branch": ["stage", "branch"], "kind": ["kind"],
         "layer": ["module", "stage", "branch", "kind", "output_shape"],

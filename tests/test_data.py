@@ -643,3 +643,8 @@ def test_load_of_an_unknown_name_lists_the_known(name):
         load(name)
     for known in ("'photocrops'", "'fashion-mnist'", "'folder:PATH'"):
         assert known in str(caught.value)
+
+
+def test_a_batch_larger_than_the_set_is_refused():
+    with pytest.raises(ValueError, match="there are 24 images"):
+        Numbered().train_batch(0, 25)

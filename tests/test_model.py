@@ -539,3 +539,8 @@ def test_trunk_weights_are_the_same_with_and_without_heads(init, aux):
     headed = googlenet("paper", aux=aux, width=0.1, init=init, seed=5).state_dict()
     assert headed.keys() > plain.keys()
     assert [name for name in plain if not torch.equal(plain[name], headed[name])] == []
+
+
+def test_incomplete_gain_is_refused():
+    with pytest.raises(ValueError, match="choose 'torchvision'"):
+        googlenet(init=("gain",), width=0.1)

@@ -32,7 +32,9 @@ def test_every_notebook_is_known_here():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_without_outputs(path):
-    subprocess.run([sys.executable, "-m", "nbstripout", "--verify", str(path)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "nbstripout", "--verify", "--keep-id", str(path)], check=True
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

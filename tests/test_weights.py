@@ -161,6 +161,14 @@ def test_auto_leaves_imagenet_aside_for_another_preset(hub, monkeypatch):
     assert "random weights (seed 0)" in model.weights_note
 
 
+@pytest.mark.parametrize("change", [{"width": 0.1}, {"num_classes": 5}, {"stem": "compact"}])
+def test_auto_leaves_imagenet_aside_for_a_changed_network(hub, monkeypatch, change):
+    place_imagenet(monkeypatch, hub / IMAGENET_FILE, {})
+    model = googlenet(weights="auto", **change)
+    assert "random weights (seed 0)" in model.weights_note
+    assert not model.architecture.transform_input
+
+
 def test_auto_offline_is_seeded_and_says_so():
     before = torch.get_rng_state()
     first, again, other = (googlenet(weights="auto", width=0.1, seed=seed) for seed in (3, 3, 4))

@@ -252,14 +252,17 @@ def second_opinions(
     Columns: `model`, `gnetlab`, `fvcore` (its "flop" is a MAC), `torch` (FlopCounterMode, halved).
     The other two really run the network, in eval mode, on the model's device.
     """
-    from fvcore.nn import FlopCountAnalysis
     from torch.utils.flop_counter import FlopCounterMode
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fvcore uses what torch calls deprecated
+        from fvcore.nn import FlopCountAnalysis
 
     rows = []
     for name, model in models.items():
         image = torch.zeros(1, *input_size, device=next(model.parameters()).device)
         with in_mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # fvcore traces with what torch calls deprecated
+            warnings.simplefilter("ignore")
             analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
             fvcore = analysis.uncalled_modules_warnings(False).by_operator()
             with FlopCounterMode(display=False) as counter:

@@ -288,7 +288,11 @@ class _Indexed:
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x C x size x size) and labels (batch_size) on the device."""
         count = self._count("train")
-        per_epoch = max(1, count // batch_size)
+        if batch_size > count:
+            raise ValueError(
+                f"batch_size={batch_size} asked, but there are {count} images to train on"
+            )
+        per_epoch = count // batch_size
         epoch, position = divmod(step, per_epoch)
         order = _shuffled(count, seed * 1_000_003 + epoch)
         return self._fetch("train", order[position * batch_size : (position + 1) * batch_size])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gnetlab.net import data
 from gnetlab.net import weights as loading
 from gnetlab.net.architecture import HEAD_AFTER, MODULES, Architecture, Widths, architecture
 
@@ -156,9 +157,10 @@ class InputTransform(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        self.register_buffer("scale", (deviation / 0.5).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", ((mean - 0.5) / 0.5).view(1, 3, 1, 1), persistent=False)
+        scale = torch.tensor([deviation / 0.5 for deviation in data.DEVIATION])
+        shift = torch.tensor([(mean - 0.5) / 0.5 for mean in data.MEAN])
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
@@ -297,7 +299,10 @@ def _pretrained(
     preset: str | Architecture, weights: str | Path, changes: dict[str, Any], seed: int
 ) -> GoogLeNet:
     found = loading.find(weights, seed=seed)
-    if found.preset and preset not in ("paper", found.preset):
+    fitting = preset in ("paper", found.preset)
+    if weights == "auto":  # a changed network cannot take ImageNet's weights, and need not
+        fitting = fitting and changes.keys() <= {"heads", "dropout", "head_dropout"}
+    if found.preset and not fitting:
         if weights != "auto":
             raise ValueError(
                 f"weights={weights!r} belong to preset {found.preset!r}, but {preset!r} was asked; "
@@ -353,7 +358,7 @@ def initialize(model: nn.Module, init: str | tuple[str, float] | None) -> None:
     """
     if init is None:
         return
-    kind, gain = init if isinstance(init, tuple) else (init, 1.0)
+    kind, gain = init if isinstance(init, tuple) and len(init) == 2 else (init, 1.0)
     if (kind == "gain") != isinstance(init, tuple) or kind not in (
         "torchvision", "xavier", "kaiming", "gain",
     ):  # fmt: skip
