@@ -157,6 +157,7 @@ def costs(
 
         from gnetlab.measure.costs import layer_costs
     finally:
+        gc.freeze()  # nor go through them again, at the end either
         gc.enable()
     keys = {
         "total": [], "stage": ["stage"], "branch": ["stage", "branch"], "kind": ["kind"],
