@@ -47,18 +47,36 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+@pytest.mark.parametrize("names", ["branches", "modules", "both"])
 @pytest.mark.parametrize("preset", ["paper", "torchvision", "cifar", "naive"])
-def test_branches_are_the_slices_of_their_modules_output(preset, images):
+def test_maps_are_the_outputs_and_branches_slices_of_their_module(preset, images, names):
     model = small(preset)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, Inception)}
-    maps = recorded(model, [*modules, *gl.branch_names(model)], images)
-    assert len(modules) == 9
-    assert len(maps) == 9 + 36
-    for name, module in modules.items():
+    branches = {f"{n}.{b}": s for n, m in modules.items() for b, s in m.branch_slices.items()}
+    asked = {"branches": [*branches], "modules": [*modules], "both": [*branches, *modules]}[names]
+    outputs = {}
+    for name in [*branches, *modules]:
+        model.get_submodule(name).register_forward_hook(
+            lambda *call, name=name: outputs.update({name: call[-1].clone()})
+        )
+    maps = recorded(model, asked, images)
+    assert set(maps) == set(asked)
+    for name in asked:
+        assert torch.equal(maps[name], outputs[name])
         assert maps[name].abs().sum() > 0
-        assert maps[name].shape[1] == sum(s.stop - s.start for s in module.branch_slices.values())
-        for branch, channels in module.branch_slices.items():
-            assert torch.equal(maps[f"{name}.{branch}"], maps[name][:, channels])
+    assert len(branches) == 36
+    for name, channels in branches.items():
+        assert torch.equal(outputs[name], outputs[name.rpartition(".")[0]][:, channels])
+
+
+@pytest.mark.parametrize("name", ["inception4b.branch3x3", "inception4b.branch3x3.conv.relu"])
+def test_one_branch_alone(model, images, name):
+    both = recorded(model, ["inception4b", name], images)
+    alone = recorded(model, name, images)
+    assert list(alone) == [name]
+    channels = model.inception4b.branch_slices["branch3x3"]
+    assert torch.equal(alone[name], both["inception4b"][:, channels])
+    assert torch.equal(alone[name], both[name])
 
 
 def test_recording_changes_neither_outputs_nor_gradients(model, images):
@@ -78,7 +96,7 @@ def test_hooks_live_as_long_as_the_block(model, images, end):
     def block():
         with record(model, gl.branch_names(model)):
             model(images)
-            assert hooks(model) > 36
+            assert hooks(model) > 9
             if end:
                 raise end("from the block")
 

@@ -32,11 +32,11 @@ def observe(model: nn.Module, names: Iterable[str], observer: Observer) -> Itera
             "this model is compiled, and hooks set on a compiled model may never fire; "
             "pass the original module (model._orig_mod)"
         )
-    modules = dict(model.named_modules())
     with contextlib.ExitStack() as stack:
         for name in names:
-            if name not in modules:
-                near = difflib.get_close_matches(name, modules, n=3)
+            module = _submodule(model, name)
+            if module is None:
+                near = difflib.get_close_matches(name, dict(model.named_modules()), n=3)
                 hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
                 raise ValueError(
                     f"no module {name!r} in {type(model).__name__}.{hint} "
@@ -46,8 +46,15 @@ def observe(model: nn.Module, names: Iterable[str], observer: Observer) -> Itera
             def hook(module: nn.Module, inputs: tuple, output: Any, name: str = name) -> None:
                 observer(name, module, inputs, output)
 
-            stack.callback(modules[name].register_forward_hook(hook).remove)
+            stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -88,6 +95,20 @@ class Recording(Mapping[str, Any]):
         return len(self._values)
 
 
+def _parts(model: nn.Module, names: list[str]) -> dict[str, dict[str, slice | None]]:
+    """Module to hook -> recorded name -> channels of its output (None: all of them).
+
+    A branch is a view of its module's concatenated output: keeping both costs the memory of one.
+    """
+    parts: dict[str, dict[str, slice | None]] = {}
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        slices = getattr(_submodule(model, parent), "branch_slices", {})
+        hooked = parent if child in slices else name
+        parts.setdefault(hooked, {})[name] = slices.get(child)
+    return parts
+
+
 @contextlib.contextmanager
 def record(
     model: nn.Module,
@@ -121,14 +142,17 @@ def record(
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     recording = Recording()
     seen: set[str] = set()
+    parts = _parts(model, names)
 
-    def keep(name: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
-        if name == "":
+    def on_output(hooked: str, _module: nn.Module, _inputs: tuple, output: Any) -> None:
+        if hooked == "":
             seen.clear()  # the whole model has run: the next forward pass begins
-            if name not in names:
-                return
-        if not isinstance(output, Tensor):
-            raise RuntimeError(f"{name!r} returns {type(output).__name__}, not one tensor")
+        for name, channels in parts.get(hooked, {}).items():
+            if not isinstance(output, Tensor):
+                raise RuntimeError(f"{name!r} returns {type(output).__name__}, not one tensor")
+            keep(name, output if channels is None else output[:, channels])
+
+    def keep(name: str, output: Tensor) -> None:
         if name in seen or (reduce is None and name in recording._values):
             raise RuntimeError(
                 f"{name!r} ran twice; without reduce= one forward pass is recorded, and a module "
@@ -139,14 +163,14 @@ def record(
         if reduce is not None:
             recording._values[name] = reduce(recording._values.get(name), maps)
             return
-        kept = maps.to(device=device, dtype=dtype)
+        kept = maps if device is None and dtype is None else maps.to(device=device, dtype=dtype)
         if kept is maps and clone:
             kept = maps.clone()
         elif kept is maps and not maps.is_inference():
             recording._versions[name] = (maps, maps._version)
         recording._values[name] = kept
 
-    with observe(model, dict.fromkeys([*names, ""]), keep):
+    with observe(model, dict.fromkeys([*parts, ""]), on_output):
         yield recording
     missing = [name for name in names if name not in recording._values]
     if missing:
