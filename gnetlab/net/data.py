@@ -19,6 +19,7 @@ import functools
 import gzip
 import os
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -271,7 +272,7 @@ def _atlas(largest: int) -> tuple[Tensor, list[list[tuple[int, int, int]]]]:
     return torch.cat(images, dim=2), places
 
 
-class _Indexed:
+class _Indexed(ABC):
     """A data set of numbered images: shuffled anew every epoch, from the seed."""
 
     classes: tuple[str, ...]
@@ -279,11 +280,13 @@ class _Indexed:
     size: int
     device: torch.device
 
+    @abstractmethod
     def _count(self, split: str) -> int:
-        raise NotImplementedError
+        """Number of images in a split."""
 
+    @abstractmethod
     def _fetch(self, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """Images and labels of these numbers, on the device."""
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x C x size x size) and labels (batch_size) on the device."""
