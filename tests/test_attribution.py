@@ -202,3 +202,9 @@ def test_an_unknown_stage_is_an_error():
     }
     with pytest.raises(ValueError, match="no module 4a, 6x; there are 3a, 4b"):
         by_stage(maps, ["3a", "4a", "6x"])
+
+
+def test_one_name_or_none_at_all(images):
+    name = "inception3a.branch1x1"
+    assert list(branch_attribution(small(), images, names=name)) == [name]
+    assert len(branch_attribution(small(), images, names=[])) == 36

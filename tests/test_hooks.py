@@ -298,3 +298,18 @@ def test_every_module_gets_its_own_mode_back(model, training, error):
         block()
     assert [module.training for module in model.modules()] == modes
     assert len(set(modes)) == 2
+
+
+def test_one_branch_does_not_keep_its_whole_module(model, images):
+    name = "inception3a.branch5x5"
+    with record(model, name) as maps:
+        model(images)
+    kept = maps[name]
+    assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_a_model_compiled_in_place_is_refused(images):
+    model = gl.googlenet(width=0.1).eval()
+    model.compile()
+    with pytest.raises(ValueError, match="compiled"), record(model, "conv1"):
+        model(images)

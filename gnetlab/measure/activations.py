@@ -30,14 +30,15 @@ class _Sums(NamedTuple):
 
 
 def _accumulate(sums: _Sums | None, maps: Tensor) -> _Sums:
-    dims = (0, 2, 3)
-    # vector_norm reads a map once and makes no copy of it; half precision is summed in float32.
+    # vector_norm reads a map once and makes no copy of it. Half precision is summed in float32, and
+    # only a map's own positions; images are added up in float64, where nothing is lost.
     wide = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    norms = [torch.linalg.vector_norm(maps, order, (2, 3), dtype=wide) for order in (2, 0)]
     new = _Sums(
         maps.numel() // maps.shape[1],
-        maps.sum(dims, dtype=wide).double(),
-        torch.linalg.vector_norm(maps, 2, dims, dtype=wide).double() ** 2,
-        torch.linalg.vector_norm(maps, 0, dims, dtype=wide).double(),
+        maps.sum((2, 3), dtype=wide).double().sum(0),
+        norms[0].double().square().sum(0),
+        norms[1].double().sum(0),
     )
     return new if sums is None else _Sums(*(a + b for a, b in zip(sums, new, strict=True)))
 

@@ -26,7 +26,7 @@ def branch_attribution(
     images: Tensor,
     targets: Tensor | int | None = None,
     *,
-    names: Iterable[str] | None = None,
+    names: str | Iterable[str] | None = None,
     method: str = "gradient_x_activation",
 ) -> dict[str, np.ndarray]:
     """Attribution of a class's logit to each position of each branch.
@@ -43,7 +43,7 @@ def branch_attribution(
     """
     from captum.attr import LayerGradCam, LayerGradientXActivation
 
-    names = list(branch_names(model) if names is None else names)
+    names = [names] if isinstance(names, str) else list(names or branch_names(model))
     modules = dict(model.named_modules())
     unknown = [name for name in names if name not in modules]
     if unknown:

@@ -27,10 +27,10 @@ def observe(model: nn.Module, names: Iterable[str], observer: Observer) -> Itera
     Raises ValueError for an unknown name (with the nearest) or a compiled model, whose hooks may
     silently never fire.
     """
-    if type(model).__name__ == "OptimizedModule":
+    if type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None:
         raise ValueError(
             "this model is compiled, and hooks set on a compiled model may never fire; "
-            "pass the original module (model._orig_mod)"
+            "pass the original module (model._orig_mod), or one that .compile() was not called on"
         )
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -98,14 +98,16 @@ class Recording(Mapping[str, Any]):
 def _parts(model: nn.Module, names: list[str]) -> dict[str, dict[str, slice | None]]:
     """Module to hook -> recorded name -> channels of its output (None: all of them).
 
-    A branch is a view of its module's concatenated output: keeping both costs the memory of one.
+    A branch is a view of its module's concatenated output where all of that is asked for (the
+    module, or every branch): keeping both costs the memory of one.
     """
     parts: dict[str, dict[str, slice | None]] = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         slices = getattr(_submodule(model, parent), "branch_slices", {})
-        hooked = parent if child in slices else name
-        parts.setdefault(hooked, {})[name] = slices.get(child)
+        siblings = {f"{parent}.{branch}" for branch in slices}
+        shared = child in slices and (parent in names or siblings <= set(names))
+        parts.setdefault(parent if shared else name, {})[name] = slices[child] if shared else None
     return parts
 
 
