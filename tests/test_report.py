@@ -146,7 +146,9 @@ def test_parameters_reach_the_notebook(report):
     out, manifest, _ = report
     notebook = nbformat.read(out / "good" / "good.ipynb", 4)
     assert "3 0.5" in notebook.cells[-1].outputs[0].text
-    assert entry(manifest, "good")["parameters"]["seed"] == 3
+    assert entry(manifest, "good")["parameters"] == {
+        "profile": "fast", "device": "cpu", "seed": 3, "rate": 0.5,
+    }  # fmt: skip
 
 
 def test_a_failed_notebook_is_kept_with_its_traceback(report):

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -312,13 +313,15 @@ def test_the_global_random_state_is_untouched(tmp_path):
     assert_equal(run(steps=3), run(steps=3))
 
 
+@pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("progress", [False, True])
-def test_progress_is_shown_only_if_asked_for(capsys, progress):
+def test_progress_is_shown_if_asked_for_and_on_a_terminal(capsys, monkeypatch, progress, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     run(steps=2, progress=progress)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert ("2/2" in shown.err) == progress
-    assert (shown.err == "") != progress
+    assert ("2/2" in shown.err) == (progress and terminal)
+    assert (shown.err == "") != (progress and terminal)
 
 
 def test_channels_last_is_the_same_training():

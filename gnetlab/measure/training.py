@@ -57,6 +57,7 @@ def train(
     head_weight      weight of each auxiliary loss (0.3 in the paper)
     test_every       steps between evaluations on the test set (None: at the end only)
     mixed_precision  bfloat16 autocast, on CUDA only
+    progress         a bar, on a terminal and in Jupyter only
     checkpoint       file to save to every `save_every` steps and at the end, written atomically;
                      if it exists, training goes on from it, exactly as if never interrupted
 
@@ -81,7 +82,7 @@ def train(
             start, records = _resume(path, model, optimizer, device)
         autocast = torch.autocast("cuda", torch.bfloat16, mixed_precision and device.type == "cuda")
         pending: list[tuple[int, dict[str, tuple[Tensor, Tensor | None]]]] = []
-        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress)
+        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or None)
         for step in bar:
             model.train()
             images, labels = data.train_batch(step, batch_size, seed)

@@ -49,7 +49,10 @@ class ReportError(Exception):
 
 @dataclass
 class Job:
-    """A notebook to execute. `status`: queued, running, done, failed or cancelled."""
+    """A notebook to execute. `status`: queued, running, done, failed or cancelled.
+
+    `parameters` are set for this run, `defaults` are what the notebook has for the others.
+    """
 
     name: str
     source: Path
@@ -61,6 +64,7 @@ class Job:
     seconds: float = 0.0
     error: str = ""
     folder: Path | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -134,7 +138,8 @@ def plan(
                 except ReportError as error:
                     problems.append(f"{path.name}: {error}")
         title, cells = about[path.stem]
-        jobs.append(Job(path.stem, path, title, values, cells))
+        rest = {k: v for k, v in defaults.items() if k not in values and k != "output_dir"}
+        jobs.append(Job(path.stem, path, title, values, cells, defaults=rest))
     if problems:
         raise ReportError("\n".join(dict.fromkeys(problems)))
     return jobs
@@ -336,7 +341,7 @@ def _manifest(
             "status": job.status,
             "error": job.error,
             "seconds": round(job.seconds, 1),
-            "parameters": job.parameters,
+            "parameters": {**job.parameters, **job.defaults},
             "facts": job.facts,
             "folder": str(job.folder.relative_to(output)) if job.folder else None,
             "figures": figures_of(job.folder) if job.status == "done" and job.folder else [],
