@@ -98,10 +98,9 @@ class TestReport:
         for name, ratio in measured["ratios"].items():
             assert (ratio >= 5) if name.startswith("no norm") else (0.8 <= ratio <= 1.25), name
         assert measured["escaped_with_heads"] == measured["seeds"] == 2
-        assert measured["escaped_without_heads"] < 2
         metrics = pd.read_csv(out / "03_auxiliary_heads" / "training_with_and_without_heads.csv")
         last = metrics[metrics.step > metrics.step.max() - 10].groupby("variant").loss.mean()
-        assert last["with heads"] < 2.45 < last["without heads"]
+        assert last["with heads"] + 0.3 < last["without heads"]
 
     def test_weights_and_device_stand_in_the_manifest(self, report):
         facts = {n["name"]: n["facts"] for n in report[1]["notebooks"]}
