@@ -137,92 +137,176 @@ class _Progress:
         return table
 
 
+_KEYS = {
+    "total": [], "stage": ["stage"], "branch": ["stage", "branch"], "kind": ["kind"],
+    "layer": ["module", "stage", "branch", "kind", "output_shape"],
+}  # fmt: skip
+_SHOWN = ("parameters", "macs", "activations", "bytes", "live_bytes")
+
+
 @app.command()
 def costs(
     models: Annotated[
-        list[str], typer.Argument(help="googlenet:PRESET (ours) or any name of torchvision.")
+        list[str],
+        typer.Argument(
+            help="googlenet:PRESET (ours), any name of torchvision, or MODULE:FUNCTION, which "
+            "returns a model."
+        ),
     ],
     input_side: Annotated[int, typer.Option("--input", help="Side of the image in pixels.")] = 224,
     by: Annotated[str, typer.Option(help="total, stage, branch, kind or layer.")] = "stage",
+    sort: Annotated[
+        str, typer.Option(help="Largest first in this column (else in order of execution).")
+    ] = "",
+    all_columns: Annotated[bool, typer.Option("--all", help="Every column there is.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Forward and backward, auxiliary heads included.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Totals side by side, over those of the last model.")
+    ] = False,
+    tools: Annotated[
+        bool, typer.Option("--tools", help="What fvcore, ptflops, thop ... would print, and why.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option(help="Write the table to this file too.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write it as a LaTeX table too.")] = None,
 ) -> None:
-    """Count multiply-adds, parameters and activations, without computing a convolution.
+    """Count multiply-adds, parameters, bytes and memory, without computing a convolution.
 
-    Example: gnetlab costs vgg16 googlenet:paper --input 224 --by branch
+    Example: gnetlab costs vgg16 googlenet:paper --input 224 --by branch --sort macs
     """
     gc.disable()  # collecting garbage while these are imported takes half a second
     try:
         import pandas as pd
         import torchvision.models  # noqa: F401
 
-        from gnetlab.measure.costs import layer_costs
+        from gnetlab.measure.costs import layer_costs, summed
+        from gnetlab.measure.counters import explain
     finally:
         gc.freeze()  # nor go through them again, at the end either
         gc.enable()
-    keys = {
-        "total": [], "stage": ["stage"], "branch": ["stage", "branch"], "kind": ["kind"],
-        "layer": ["module", "stage", "branch", "kind", "output_shape"],
-    }  # fmt: skip
-    if by not in keys:
-        raise _usage_error(f"--by {by} asked; choose one of {', '.join(keys)}")
-    frames = []
+    if by not in _KEYS:
+        raise _usage_error(f"--by {by} asked; choose one of {', '.join(_KEYS)}")
+    frames, explained = {}, []
     for name in models:
         try:
-            frame = layer_costs(_model(name), (3, input_side, input_side))
-        except (ValueError, RuntimeError) as error:
+            frames[name] = layer_costs(_model(name), (3, input_side, input_side), training=training)
+            if tools:
+                explained.append(explain(frames[name]).assign(model=name))
+        except (ValueError, RuntimeError, TypeError) as error:
             raise _usage_error(f"{name}: {error}") from error
-        frames.append(frame.assign(model=name))
-    everything = pd.concat(frames, ignore_index=True)
-    uncounted = everything[everything.macs.isna()]
-    sums = ["parameters", "macs", "activations"]
-    table = everything.groupby(["model", *keys[by]], sort=False)[sums].sum().reset_index()
-    if csv:
-        csv.parent.mkdir(parents=True, exist_ok=True)
-        table.to_csv(csv, index=False)
-    _print_frame(table, everything.groupby("model", sort=False)[sums].sum())
-    for kind, rows in uncounted.groupby("kind"):
-        typer.echo(f"not counted: {len(rows)} x {kind} (no formula), e.g. {rows.module.iloc[0]}")
+    everything = pd.concat(
+        [frame.assign(model=name) for name, frame in frames.items()], ignore_index=True
+    )
+    totals = summed(everything, "model")
+    if tools:
+        table = pd.concat(explained)[["model", "tool", "term", "operations"]]
+    elif compare:
+        table = _compared(totals)
+    else:
+        table = summed(everything, ["model", *_KEYS[by]])
+        if sort:
+            if sort not in table:
+                raise _usage_error(f"--sort {sort} asked; choose one of {', '.join(table)}")
+            table = table.sort_values(sort, ascending=False, kind="stable", ignore_index=True)
+        extra = ("backward_macs", "stored_bytes") if training else ()
+        if not all_columns:
+            table = table[["model", *_KEYS[by], *_SHOWN, *extra]]
+    _write(table, csv, latex)
+    _print_frame(table, None if tools or compare else totals)
+    for (name, kind), rows in everything[everything.macs.isna()].groupby(["model", "kind"]):
+        typer.echo(
+            f"{name}, not counted: {len(rows)} x {kind} (no rule), e.g. {rows.module.iloc[0]}"
+        )
 
 
 def _model(name: str):
-    """A model on the meta device (no memory for weights): ours as googlenet:PRESET, or theirs."""
+    """A model, on the meta device (no memory for weights) where it can be made there."""
     import torch
 
     from gnetlab.net.model import googlenet
 
-    with torch.device("meta"):
-        if name.partition(":")[0] == "googlenet":
-            return googlenet(name.partition(":")[2] or "paper")
-        from torchvision.models import get_model, list_models
+    family, colon, rest = name.partition(":")
+    if family == "googlenet" and colon:
+        with torch.device("meta"):
+            return googlenet(rest)
+    if colon:
+        return _model_of_function(family, rest)
+    from torchvision.models import get_model, list_models
 
-        if name not in list_models():
-            near = difflib.get_close_matches(name, ["googlenet:paper", *list_models()], n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(
-                f"unknown model; {hint} Ours: googlenet:paper, :torchvision, :cifar, :naive; "
-                "theirs: any of torchvision.models.list_models()"
-            )
-        options = {"init_weights": False} if name == "inception_v3" else {}
+    if name not in list_models():
+        near = difflib.get_close_matches(name, ["googlenet:paper", *list_models()], n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"unknown model; {hint}Ours: googlenet:paper, :torchvision, :cifar, :naive; "
+            "theirs: any of torchvision.models.list_models(); yours: MODULE:FUNCTION"
+        )
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    try:
+        with torch.device("meta"):
+            return get_model(name, weights=None, **options)
+    except NotImplementedError:  # it reads values while it is made
         return get_model(name, weights=None, **options)
 
 
-def _print_frame(table: pd.DataFrame, totals: pd.DataFrame) -> None:
+def _model_of_function(module: str, function: str):
+    import importlib
+
+    from torch import nn
+
+    sys.path.insert(0, "")  # a file beside the user is meant
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except ImportError as error:
+        raise ValueError(f"no module {module!r} here or installed ({error})") from error
+    except AttributeError as error:
+        raise ValueError(f"module {module!r}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{function}() returned {type(model).__name__}; it must return a torch.nn.Module"
+        )
+    return model.eval()
+
+
+def _compared(totals: pd.DataFrame) -> pd.DataFrame:
+    """Quantities down, models across, each with its ratio to the last model."""
+    rows = totals.set_index("model").T.astype(float)
+    last = rows.columns[-1]
+    for name in rows.columns[:-1]:
+        rows[f"{name} / {last}"] = rows[name] / rows[last]
+    return rows.rename_axis("total").reset_index()
+
+
+def _write(table: pd.DataFrame, csv: Path | None, latex: Path | None) -> None:
+    for path in filter(None, (csv, latex)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if csv:
+        table.to_csv(csv, index=False)
+    if latex:
+        latex.write_text(table.to_latex(index=False, escape=True, float_format="%.4g"))
+
+
+def _print_frame(table: pd.DataFrame, totals: pd.DataFrame | None) -> None:
     shown = Table(box=None, pad_edge=False)
+    numbers = set(table.select_dtypes("number"))
     for column in table.columns:
-        number = column in totals.columns
-        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for model, rows in table.groupby("model", sort=False):
+        shown.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+    for model, rows in table.groupby(table.columns[0], sort=False):
         for row in rows.itertuples(index=False):
-            shown.add_row(*(f"{v:,}" if isinstance(v, Integral) else str(v) for v in row))
-        if len(rows) > 1:
-            total = [f"{int(value):,}" for value in totals.loc[model]]
-            blanks = [""] * (len(table.columns) - len(total) - 1)
-            shown.add_row(
-                str(model), *blanks[1:], *(["total"] * bool(blanks)), *total, style="bold"
-            )
+            shown.add_row(*map(_shown, row))
+        if totals is not None and len(rows) > 1:
+            total = totals[totals.model == model].iloc[0]
+            cells = [_shown(total[c]) if c in numbers else "" for c in table.columns]
+            shown.add_row(str(model), "total", *cells[2:], style="bold")
             shown.add_section()
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
-    typer.echo("macs: multiply-adds of convolutions and linear layers, for one image")
+    Console(width=None if sys.stdout.isatty() else 1000).print(shown)
+    typer.echo("macs: multiply-adds of convolutions, linear layers and matrix products; one image")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Integral) or (isinstance(value, float) and value >= 1000):
+        return f"{int(value):,}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from gnetlab.report import claims
 DEPTH = {"layers": 22, "macs": 1.5e9, "rows_that_disagree": []}
 VGG = {"top1_gain": 1.8, "mac_ratio": 9.8, "parameter_ratio": 19.8, "time_ratio": 6.0}
 REDUCTION = {"mac_ratio": 10.0, "final_width_ratio": 4.8, "width_grows": True}
+SPARSE = {"ratios_90": {"3a": 1.5, "4a": 2.0}, "ratios_99": {"3a": 1.0, "4a": 1.1}}
+PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,23 @@ REDUCTION = {"mac_ratio": 10.0, "final_width_ratio": 4.8, "width_grows": True}
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, "depends"),
         ("aux-gradient", {"ratios": {"a": 1.2, "b": 1.0}}, "not supported"),
+        ("sparse-slow", SPARSE, "supported"),
+        ("sparse-slow", SPARSE | {"ratios_99": {"3a": 0.6, "4a": 1.1}}, "depends"),
+        ("sparse-slow", SPARSE | {"ratios_99": {"3a": 0.6, "4a": 0.3}}, "depends"),
+        (
+            "sparse-slow",
+            {"ratios_90": {"3a": 0.9, "4a": 1.0}, "ratios_99": {"3a": 0.1, "4a": 0.1}},
+            "depends",
+        ),
+        (
+            "sparse-slow",
+            {"ratios_90": {"3a": 0.9, "4a": 0.8}, "ratios_99": {"3a": 0.1, "4a": 0.1}},
+            "not supported",
+        ),
+        ("dense-parts", PARTS, "supported"),
+        ("dense-parts", PARTS | {"speedup": 1.4}, "depends"),
+        ("dense-parts", PARTS | {"zero_share": 0.49}, "not supported"),
+        ("dense-parts", PARTS | {"difference": 2e-5}, "not supported"),
     ],
 )
 def test_verdict_follows_from_the_numbers(claim, measured, verdict, tmp_path):
@@ -42,6 +61,11 @@ def test_depends_names_the_condition(tmp_path):
     assert "5a" in judged.reason
     judged = claims.check("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, directory=tmp_path)
     assert "yes for (a) only" in judged.reason
+    some = SPARSE | {"ratios_99": {"3a": 0.6, "4a": 1.1}}
+    judged = claims.check("sparse-slow", some, directory=tmp_path)
+    assert judged.reason.startswith("CSR is faster at 99% for (3a); ")
+    judged = claims.check("dense-parts", PARTS | {"speedup": 1.4}, directory=tmp_path)
+    assert "hardly faster on this device" in judged.reason
 
 
 def test_every_claim_says_where_from_and_by_what():

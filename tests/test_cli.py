@@ -22,7 +22,7 @@ def test_costs_prints_totals(run):
     assert re.search(r"googlenet:paper +6,998,552 +1,582,671,872", result.output)
 
 
-@pytest.mark.parametrize(("by", "rows"), [("stage", 11), ("branch", 40), ("kind", 8)])
+@pytest.mark.parametrize(("by", "rows"), [("stage", 11), ("branch", 47), ("kind", 9)])
 def test_costs_writes_the_same_sums_at_every_level(by, rows, run, tmp_path):
     path = tmp_path / "new" / "costs.csv"
     result = run("costs", "googlenet:paper", "--by", by, "--csv", str(path))
@@ -38,9 +38,62 @@ def test_costs_at_another_size(run):
 
 
 def test_costs_names_what_it_cannot_count(run):
-    result = run("costs", "vit_b_16", "--by", "total")
+    result = run("costs", "maxvit_t", "--by", "total")
     assert result.exit_code == 0, result.output
-    assert re.search(r"not counted: 12 x MultiheadAttention", result.output)
+    assert re.search(r"maxvit_t, not counted: 44 x einsum", result.output)
+
+
+def test_costs_are_sorted_with_every_column(run, tmp_path):
+    path = tmp_path / "costs.csv"
+    result = run("costs", "vgg16", "--by", "kind", "--sort", "weight_bytes", "--all",
+                 "--csv", str(path))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    frame = pd.read_csv(path)
+    assert frame.kind.tolist()[:2] == ["Linear", "Conv2d"]
+    assert {"comparisons", "live_bytes", "depth", "intensity"} <= set(frame)
+    assert frame.live_bytes.max() == 26_292_224
+
+
+def test_costs_compares_models(run, tmp_path):
+    path = tmp_path / "costs.tex"
+    result = run("costs", "vgg16", "googlenet", "--compare", "--latex", str(path))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"macs +15,470,264,320 +1,498,376,192 +10\.32\n", result.output)
+    assert re.search(r"outputs .* 4\.20\n", result.output)
+    assert "vgg16 / googlenet" in path.read_text()
+
+
+def test_costs_of_training(run):
+    result = run("costs", "googlenet:paper", "--training", "--by", "total")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"13,378,280 +1,591,044,096 .* 3,064,074,240 ", result.output)
+
+
+def test_costs_as_other_tools_print_them(run):
+    result = run("costs", "googlenet", "--tools")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"FlopCounterMode +multiplications and additions +2,996,752,384", result.output
+    )
+
+
+def test_costs_of_a_models_own_function(run, tmp_path, monkeypatch):
+    (tmp_path / "mine_own.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 2, 1))\n"
+        "def wrong(): return 7\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run("costs", "mine_own:make", "--input", "5", "--by", "layer")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"mine_own:make +0 .* 150 ", result.output)
+    result = run("costs", "mine_own:wrong")
+    assert result.exit_code == 2
+    assert "returned int" in result.output + result.stderr
+
+
+def test_costs_of_a_model_that_cannot_be_made_on_meta(run):
+    result = run("costs", "regnet_y_400mf", "--by", "total")
+    assert re.search(r"regnet_y_400mf +4,344,144 +401,842,848", result.output), result.output
 
 
 @pytest.mark.parametrize(
@@ -49,6 +102,9 @@ def test_costs_names_what_it_cannot_count(run):
         (["costs", "vgg61"], "did you mean vgg19|did you mean vgg16"),
         (["costs", "googlenet:papper"], "Did you mean 'paper'"),
         (["costs", "vgg16", "--by", "colour"], "choose one of total"),
+        (["costs", "vgg16", "--sort", "mass"], "choose one of model, stage"),
+        (["costs", "no_such_module:make"], "no module 'no_such_module'"),
+        (["costs", "math:make"], "has no attribute 'make'"),
         (["costs", "googlenet:paper", "--input", "8"], "smallest"),
         (["report", "--profile", "slow"], "choose fast or full"),
         (["report", "-p", "seed"], "NAME=VALUE"),

@@ -1,93 +1,27 @@
 """Every count by a second route: torch's FlopCounterMode, fvcore, autograd, or by hand."""
 
-import functools
 import math
-import warnings
+import threading
 
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+import torchvision.models
+from networks import MACS, NETWORKS, PARAMETERS, SIDES, THEIRS, build, costs_of
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gnetlab as gl
-from gnetlab.measure.costs import (
-    classifier_metadata,
-    depth,
-    layer_costs,
-    locate,
-    reduction_costs,
-    second_opinions,
-    table_1,
-)
+from gnetlab.measure.costs import layer_costs, locate
+from gnetlab.measure.shapes import forward_pass
 
 COLUMNS = [
-    "module", "stage", "branch", "kind", "output_shape", "parameters", "macs", "activations",
+    "module", "stage", "branch", "kind", "operation", "output_shape", "parameters", "macs",
+    "activations", "bias_additions", "elementwise", "comparisons", "input_bytes", "output_bytes",
+    "weight_bytes", "live_bytes", "depth", "intensity",
 ]  # fmt: skip
-
-OURS = {
-    "paper": lambda: gl.googlenet("paper"),
-    "separable": lambda: gl.googlenet("paper", stem="separable"),
-    "torchvision": lambda: gl.googlenet("torchvision"),
-    "cifar": lambda: gl.googlenet("cifar"),
-    "naive": lambda: gl.googlenet("naive"),
-}
-THEIRS = [
-    "googlenet", "vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn",
-    "alexnet", "resnet50", "inception_v3", "mobilenet_v2",
-]  # fmt: skip
-SIDES = {"cifar": 32, "inception_v3": 299}  # pixels; the others 224
-# Known exactly, from the literature of the reference and torchvision's own metadata.
-MACS = {
-    "paper": 1_582_671_872,
-    "separable": 1_498_677_248,
-    "torchvision": 1_498_376_192,
-    "googlenet": 1_498_376_192,
-    "cifar": 1_521_756_160,
-    "vgg11": 7_609_090_048,
-    "vgg13": 11_308_466_176,
-    "vgg16": 15_470_264_320,
-    "vgg19": 19_632_062_464,
-    "alexnet": 714_188_480,
-    "resnet50": 4_089_184_256,
-    "inception_v3": 5_713_216_096,
-    "mobilenet_v2": 300_774_272,
-}
-PARAMETERS = {
-    "paper": 6_998_552,
-    "separable": 6_983_576 + 8_280,  # weights and biases
-    "torchvision": 6_624_904,
-    "googlenet": 6_624_904,
-    "cifar": 6_166_250,
-    "vgg11": 132_863_336,
-    "vgg13": 133_047_848,
-    "vgg16": 138_357_544,
-    "vgg19": 143_667_240,
-    "alexnet": 61_100_840,
-    "resnet50": 25_557_032,
-    "mobilenet_v2": 3_504_872,
-}
-NETWORKS = pytest.mark.parametrize("name", [*OURS, *THEIRS])
-
-
-def build(name):
-    """A network on the meta device, in eval mode."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision announces a new initialization
-        if name in OURS:
-            return OURS[name]().eval()
-        import torchvision.models
-
-        slow = name in ("googlenet", "inception_v3")
-        options = {"init_weights": False} if slow else {}
-        return getattr(torchvision.models, name)(**options).eval()
-
-
-@functools.cache
-def costs_of(name):
-    side = SIDES.get(name, 224)
-    return layer_costs(build(name), (3, side, side))
 
 
 def counted_by_torch(model, *shape):
@@ -154,35 +88,73 @@ def test_parameters_are_those_that_take_part(name):
     assert (unused > 0) == (name != "vgg11_bn")  # heads do not run
 
 
+@NETWORKS
+@pytest.mark.parametrize("training", [False, True])
+def test_both_engines_say_the_same(name, training):
+    if name == "inception_v3" and training:
+        side = 299  # its auxiliary head needs it
+    else:
+        side = {"cifar": 16, "inception_v3": 96}.get(name, 64)
+    model = build(name)
+    frames = [
+        layer_costs(model, (3, side, side), training=training, engine=engine)
+        for engine in ("shapes", "meta")
+    ]
+    pd.testing.assert_frame_equal(*frames)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["densenet121", "shufflenet_v2_x0_5", "mnasnet0_5", "squeezenet1_1", "efficientnet_b0",
+     "convnext_tiny", "mobilenet_v3_small", "resnext50_32x4d", "vit_b_32"],
+)  # fmt: skip
+def test_other_families_run_on_shapes_alone(name):
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)().eval()
+    side = 224 if name == "vit_b_32" else 64
+    costs = layer_costs(model, (3, side, side), engine="shapes")
+    total, _ = counted_by_torch(model, 1, 3, side, side)
+    assert costs.macs.sum() == total
+    assert costs.parameters.sum() == sum(p.numel() for p in model.parameters())
+    assert costs.macs.notna().all()
+
+
 @pytest.mark.parametrize("name", ["paper", "googlenet", "vgg16"])
 def test_frame_is_as_documented(name):
     costs = costs_of(name)
     assert list(costs.columns) == COLUMNS
     assert costs.index.equals(pd.RangeIndex(len(costs)))
-    assert {column: str(costs[column].dtype) for column in COLUMNS[5:]} == {
-        "parameters": "int64", "macs": "Int64", "activations": "Int64",
-    }  # fmt: skip
+    kinds = dict.fromkeys(COLUMNS[6:-1], "int64") | {"macs": "Int64", "activations": "Int64"}
+    assert {column: str(costs[column].dtype) for column in kinds} == kinds
     assert costs.activations.tolist() == [math.prod(shape) for shape in costs.output_shape]
     assert costs.macs.notna().all()
     modules = dict(build(name).named_modules())
-    assert costs.kind.tolist() == [type(modules[module]).__name__ for module in costs.module]
+    layers = costs[costs.kind.str[0].str.isupper()]
+    assert layers.kind.tolist() == [type(modules[module]).__name__ for module in layers.module]
+    functions = costs[costs.kind.str[0].str.islower()]
+    assert (functions.kind == functions.operation).all()
+    assert set(functions.kind) == {"paper": {"cat"}, "googlenet": {"cat", "relu"}}.get(name, set())
 
 
-def test_rows_come_in_the_order_of_execution():
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_rows_come_in_the_order_of_execution(engine):
     model, ran = build("torchvision"), []
     for module_name, module in model.named_modules():
         if not list(module.children()):
             module.register_forward_hook(lambda *_, name=module_name: ran.append(name))
     model(torch.empty(1, 3, 224, 224, device="meta"))
-    assert costs_of("torchvision").module.tolist() == ran
+    expected = ran.copy()
+    costs = layer_costs(model, engine=engine)
+    assert costs.module[costs.kind != "cat"].tolist() == expected
+    assert ran == expected  # hooks of the user's see nothing of the counting
 
 
 class Scale(nn.Module):
-    """A layer that no formula knows."""
+    """A layer, or a container, with a parameter of its own."""
 
-    def __init__(self, inner=None):
+    def __init__(self, channels, inner=None):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        self.scale = nn.Parameter(torch.ones(channels, 1, 1))
         if inner is not None:
             self.inner = inner
 
@@ -191,24 +163,55 @@ class Scale(nn.Module):
         return self.inner(x) if hasattr(self, "inner") else x
 
 
-def test_an_unknown_layer_is_a_row_that_is_not_counted():
-    model = nn.Sequential(Scale(), nn.Conv2d(3, 2, 1), Scale(nn.Conv2d(2, 4, 1)))
-    model[2].scale = nn.Parameter(torch.ones(2, 1, 1))
-    costs = layer_costs(model, (3, 5, 5)).set_index("module")
-    assert costs.macs.isna().to_dict() == {"0": True, "1": False, "2.inner": False, "2": True}
-    assert costs.parameters.to_dict() == {"0": 3, "1": 8, "2.inner": 12, "2": 2}
-    assert costs.macs.dropna().tolist() == [6 * 25, 8 * 25]
-    assert costs.activations["2"] == 100
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_parameters_that_functions_use_are_counted_where_they_are_used(engine):
+    model = nn.Sequential(Scale(3), nn.Conv2d(3, 2, 1), Scale(2, nn.Conv2d(2, 4, 1)))
+    costs = layer_costs(model, (3, 5, 5), engine=engine)
+    assert costs.module.tolist() == ["0", "1", "2", "2.inner"]
+    assert costs.kind.tolist() == ["Scale", "Conv2d", "mul", "Conv2d"]
+    assert costs.parameters.tolist() == [3, 8, 2, 12]
+    assert costs.macs.tolist() == [0, 6 * 25, 0, 8 * 25]
+    assert costs.elementwise.tolist() == [75, 0, 50, 0]
 
 
-def test_an_unknown_layer_without_parameters_is_a_row_too():
-    class Mystery(nn.Module):
+class Mystery(nn.Module):
+    """Calls a function that no rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(7))
+
+    def forward(self, x):
+        return torch.fft.rfft2(x).real.contiguous()
+
+
+class InContainer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bias = nn.Conv2d(3, 2, 1), nn.Parameter(torch.ones(5))
+
+    def forward(self, x):
+        return torch.flip(self.conv(x), (2,))
+
+
+def test_what_no_rule_knows_is_a_row_that_is_not_counted():
+    costs = layer_costs(nn.Sequential(Mystery(), InContainer()), (3, 5, 4))
+    assert costs.module.tolist() == ["0", "1.conv", "1", "1"]
+    assert costs.kind.tolist() == ["Mystery", "Conv2d", "flip", "InContainer"]
+    assert costs.macs.isna().tolist() == [True, False, True, True]
+    assert costs.parameters.tolist() == [7, 8, 0, 5]  # own parameters that nobody was seen to use
+    assert costs.output_shape.tolist() == [(3, 5, 3), (2, 5, 3), (2, 5, 3), (2, 5, 3)]
+    with pytest.raises(NotImplementedError, match="fft_rfft2"):
+        layer_costs(nn.Sequential(Mystery()), (3, 5, 4), engine="shapes")
+
+
+def test_matrix_products_are_macs():
+    class Gram(nn.Module):
         def forward(self, x):
-            return x @ x.mT
+            return x @ x.transpose(2, 3)
 
-    costs = layer_costs(nn.Sequential(Mystery()), (3, 5, 5))
-    assert costs.kind.tolist() == ["Mystery"]
-    assert costs.macs.isna().all()
+    costs = layer_costs(nn.Sequential(Gram()), (3, 5, 4), engine="shapes")
+    assert costs.macs.tolist() == [3 * 5 * 5 * 4]
 
 
 def test_an_output_that_is_no_tensor_is_not_counted():
@@ -230,8 +233,9 @@ def test_an_output_that_is_no_tensor_is_not_counted():
     assert costs.output_shape.tolist() == [()]
 
 
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_model_is_as_before(training):
+def test_the_model_is_as_before(training, engine):
     model = gl.googlenet("torchvision", width=0.1, num_classes=3, seed=0)
     model.inception3a.eval()
     model.fc.weight.grad = torch.full_like(model.fc.weight, 7)
@@ -239,7 +243,9 @@ def test_the_model_is_as_before(training):
     modes = [module.training for module in model.modules()]
     places = [p.data_ptr() for p in [*model.parameters(), *model.buffers()]]
     random = torch.get_rng_state()
-    layer_costs(model, (3, 64, 64), training=training)
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    layer_costs(model, (3, 64, 64), training=training, engine=engine)
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
     assert [module.training for module in model.modules()] == modes
     assert [p.data_ptr() for p in [*model.parameters(), *model.buffers()]] == places
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -259,8 +265,8 @@ def test_mode_and_hooks_are_restored_after_an_error():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-class Devices(TorchDispatchMode):
-    """Remembers where every operation puts its results."""
+class Operations(TorchDispatchMode):
+    """Remembers the operations that reach ATen, and where they put their results."""
 
     def __init__(self):
         super().__init__()
@@ -269,16 +275,59 @@ class Devices(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         results = result if isinstance(result, tuple | list) else [result]
-        self.seen |= {r.device.type for r in results if isinstance(r, torch.Tensor)}
+        self.seen |= {(str(function), r.device.type) for r in results if isinstance(r, Tensor)}
         return result
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_nothing_is_computed_in_real_memory(training):
+def test_nothing_is_computed(training):
     model = gl.googlenet("paper", width=0.1, norm="batch")
-    with Devices() as devices:
-        layer_costs(model, (3, 64, 64), training=training)
-    assert devices.seen == {"meta"}
+    with Operations() as operations:
+        layer_costs(model, (3, 64, 64), training=training, engine="shapes")
+    assert not operations.seen
+    with Operations() as operations:
+        layer_costs(model, (3, 64, 64), training=training, engine="meta")
+    assert {device for _, device in operations.seen} == {"meta"}
+
+
+def test_models_in_inference_mode_are_counted():
+    with torch.inference_mode():
+        model = gl.googlenet("torchvision", width=0.1)
+        costs = layer_costs(model, (3, 64, 64), engine="shapes")
+        assert costs.equals(layer_costs(model, (3, 64, 64), engine="meta"))
+
+
+def test_another_thread_can_run_the_model_meanwhile():
+    class Waits(nn.Module):
+        def forward(self, x):
+            if not isinstance(x, Tensor):  # the counting pass: let the other thread run
+                started.set()
+                assert done.wait(10)
+            return F.relu(x)
+
+    def other():
+        assert started.wait(10)
+        outputs.append(model(torch.full((1, 3, 4, 4), -1.0)))
+        done.set()
+
+    started, done, outputs = threading.Event(), threading.Event(), []
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Waits())
+    thread = threading.Thread(target=other)
+    thread.start()
+    costs = layer_costs(model, (3, 4, 4), engine="shapes")
+    thread.join()
+    assert costs.kind.tolist() == ["Conv2d", "Waits"]
+    assert outputs[0].shape == (1, 3, 4, 4)
+
+
+def test_a_compiled_model_is_counted_as_what_it_wraps():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+    expected = layer_costs(model, (3, 4, 4))
+    assert layer_costs(torch.compile(model), (3, 4, 4)).equals(expected)
+    model.compile()
+    compiled = model._compiled_call_impl
+    assert layer_costs(model, (3, 4, 4)).equals(expected)
+    assert model._compiled_call_impl is compiled
 
 
 HEAD_MACS = {"aux1": 512, "aux2": 528}  # input channels; then 128 x 4 x 4, 1024 and 1000
@@ -307,6 +356,7 @@ def test_training_counts_where_batch_norm_sees_one_value(name, side):
 def test_a_layer_that_runs_twice_has_two_rows_and_its_parameters_once():
     layer = nn.Conv2d(3, 3, 3, padding=1)
     costs = layer_costs(nn.Sequential(layer, nn.ReLU(), nn.MaxPool2d(2), layer), (3, 8, 8))
+    assert costs.depth.tolist() == [1, 1, 1, 2]
     costs = costs[costs.kind == "Conv2d"]
     assert costs.module.nunique() == 1
     assert costs.parameters.tolist() == [3 * 3 * 9 + 3, 0]
@@ -346,7 +396,9 @@ def test_a_single_layer_is_a_model_too():
 def test_stages_and_branches_equal_those_of_torchvisions_network(training):
     def layers(name):
         costs = layer_costs(build(name), training=training)
-        return costs[costs.macs > 0][COLUMNS[1:]].reset_index(drop=True)
+        # Which variables its forward keeps alive is each network's own business.
+        columns = [column for column in COLUMNS[1:] if column != "live_bytes"]
+        return costs[costs.macs > 0][columns].reset_index(drop=True)
 
     pd.testing.assert_frame_equal(layers("torchvision"), layers("googlenet"))
 
@@ -356,7 +408,7 @@ def test_stages_and_branches():
     assert costs.stage.drop_duplicates().tolist() == [
         "stem", "3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "head",
     ]  # fmt: skip
-    inside = costs[costs.module.str.startswith("inception")]
+    inside = costs[costs.module.str.startswith("inception") & (costs.kind != "cat")]
     assert inside.branch.value_counts().to_dict() == {
         "1x1": 18, "3x3": 36, "5x5": 36, "pool": 27,
     }  # fmt: skip
@@ -401,121 +453,166 @@ def test_blocks_of_vgg_end_with_their_pool():
     assert by_stage["head"] == 25088 * 4096 + 4096 * 4096 + 4096 * 1000
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [
-        ("paper", 22), ("torchvision", 22), ("cifar", 29), ("naive", 13), ("alexnet", 8),
-        ("vgg11", 11), ("vgg13", 13), ("vgg16", 16), ("vgg19", 19), ("vgg19_bn", 19),
-    ],
-)  # fmt: skip
-def test_depth(name, layers):
-    assert depth(costs_of(name)) == layers
+def test_a_weight_that_two_layers_share_is_counted_once():
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    for engine in ("shapes", "meta"):
+        costs = layer_costs(nn.Sequential(first, second), (4,), engine=engine)
+        assert costs.parameters.tolist() == [16, 0]
 
 
-def test_heads_do_not_add_to_the_depth():
-    assert depth(layer_costs(build("paper"), training=True)) == 22
+def test_branches_of_inception_v3_come_from_what_meets_in_a_concatenation():
+    costs = costs_of("inception_v3")
+    by_place = costs.groupby(["stage", "branch"], sort=False)
+    modules = {}
+    for (stage, branch), rows in by_place:
+        if branch:
+            tops = {module.split(".")[1] for module in rows.module if "." in module}
+            modules.setdefault(stage, {})[branch] = tops
+    assert modules["Mixed_5b"] == {
+        "1x1": {"branch1x1"},
+        "5x5": {"branch5x5_1", "branch5x5_2"},
+        "3x3+3x3": {"branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"},
+        "pool": {"branch_pool"},
+    }
+    assert list(modules["Mixed_6b"]) == ["1x1", "1x7+7x1", "7x1+1x7+7x1+1x7", "pool"]
+    # Here two branches end in concatenations of their own; the outer one decides.
+    assert [len(names) for names in modules["Mixed_7c"].values()] == [1, 3, 4, 1]
+    pools = costs[costs.kind == "avg_pool2d"]
+    assert len(pools) == 9
+    assert (pools.branch == "pool").all()  # a function that no module's name gives away
 
 
-EXACT_TABLE = {  # weights, MACs
-    "conv1": (9_408, 118_013_952),
-    "conv2": (114_688, 359_661_568),
-    "3a": (163_328, 128_049_152),
-    "3b": (388_096, 304_267_264),
-    "4a": (375_552, 73_608_192),
-    "4b": (448_512, 87_908_352),
-    "4c": (509_440, 99_850_240),
-    "4d": (604_672, 118_515_712),
-    "4e": (867_328, 169_996_288),
-    "5a": (1_042_432, 51_079_168),
-    "5b": (1_442_816, 70_697_984),
-    "linear": (1_024_000, 1_024_000),
+def test_inputs_that_pass_untouched_are_no_branch():
+    with torch.device("meta"):
+        model = torchvision.models.densenet121().eval()
+    assert set(layer_costs(model, (3, 64, 64)).branch) == {""}
+
+
+def stored_by_autograd(model, image):
+    """Bytes that a forward pass keeps for the backward one, beyond the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(image)
+    assert output is not None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+TRAINABLE = {
+    "paper": (lambda: gl.googlenet("paper", width=0.25), 224),
+    "paper without norm": (lambda: gl.googlenet("paper", norm=None, width=0.25), 64),
+    "torchvision": (lambda: gl.googlenet("torchvision", width=0.25), 64),
+    "inception stem": (lambda: gl.googlenet("paper", stem="inception", width=0.25), 64),
+    "googlenet": (lambda: torchvision.models.googlenet(init_weights=False), 64),
+    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(), 32),
+    "resnet18": (lambda: torchvision.models.resnet18(), 64),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 64),
 }
 
 
-@pytest.fixture(scope="module")
-def table():
-    return table_1().set_index("stage")
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_stored_activations_are_those_that_autograd_keeps(name):
+    make, side = TRAINABLE[name]
+    model = make().train()
+    costs = layer_costs(model, (3, side, side), training=True)
+    norms = costs.output_shape[costs.operation == "batch_norm"]
+    statistics = 2 * 4 * sum(shape[0] for shape in norms)  # per batch, not per image
+    stored = stored_by_autograd(model, torch.zeros(2, 3, side, side))
+    assert 2 * costs.stored_bytes.sum() == stored - statistics
+    assert costs.live_bytes.iloc[-1] >= costs.stored_bytes.sum()
 
 
-def test_table_1_is_exact(table):
-    exact = dict(zip(table.index, zip(table.parameters, table.macs, strict=True), strict=True))
-    assert exact == EXACT_TABLE
-    assert list(table.columns) == [
-        "parameters", "printed_params", "macs", "printed_ops", "params_agree", "ops_agree",
-    ]  # fmt: skip
-
-
-def test_operations_that_agree_with_table_1(table):
-    disagree = table.index[~table.ops_agree].tolist()
-    assert disagree == ["conv1", "4a", "5a"]
-    assert abs(table.macs["4a"] / 1e6 - table.printed_ops["4a"]) == pytest.approx(0.608192)
-
-
-def test_parameters_that_agree_with_table_1(table):
-    # Printed as rounded up or down: 3a has 159.5 K and is printed as 159 K.
-    assert table.index[table.params_agree].tolist() == ["conv2", "3a", "linear"]
-
-
-def test_the_separable_stem_fits_table_1_in_both_columns():
-    row = table_1(build("separable")).set_index("stage").loc["conv1"]  # 2.65 K as 2.7 K
-    assert (row.parameters, row.macs) == (2_712, 34_019_328)
-    assert row.params_agree
-    assert row.ops_agree
-
-
-def test_table_1_leaves_normalization_out(table):
+@pytest.mark.parametrize("name", [n for n in TRAINABLE if n != "mobilenet_v2"])
+def test_backward_macs_equal_those_of_torchs_counter(name):
+    # FlopCounterMode takes the backward pass of a depthwise convolution for that of a dense one.
+    make, side = TRAINABLE[name]
     with torch.device("meta"):
-        model = gl.googlenet("paper", norm="batch")
-    normalized = table_1(model).set_index("stage")
-    assert normalized.parameters.equals(table.parameters)
-    assert normalized.macs.equals(table.macs)
+        model = make().train()
+    costs = layer_costs(model, (3, side, side), training=True)
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(torch.empty(2, 3, side, side, device="meta"))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.sum() for output in outputs if output is not None).backward()
+    assert 2 * 2 * (costs.macs + costs.backward_macs).sum() == counter.get_total_flops()
 
 
-def test_second_opinions_are_equal(caplog):
-    models = {
-        "ours": gl.googlenet("paper", width=0.1, norm="batch"),
-        "theirs": build("alexnet").to_empty(device="cpu").train(),
-    }
-    models["ours"].conv1.eval()
-    modes = {name: [m.training for m in model.modules()] for name, model in models.items()}
-    frame = second_opinions(models, (3, 64, 64))
-    assert list(frame.columns) == ["model", "gnetlab", "fvcore", "torch"]
-    assert frame.model.tolist() == ["ours", "theirs"]
-    assert frame.fvcore.tolist() == frame.gnetlab.tolist() == frame.torch.tolist()
-    assert frame.gnetlab.tolist() == [
-        layer_costs(model, (3, 64, 64)).macs.sum() for model in models.values()
-    ]
-    assert modes == {name: [m.training for m in model.modules()] for name, model in models.items()}
-    assert not caplog.records  # nothing to worry a reader with
+def test_frozen_weights_have_no_backward_macs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 6, 1))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    costs = layer_costs(model, (3, 2, 2), training=True)
+    assert costs.backward_macs.tolist() == [0, 20 * 4, 30 * 4]
+    assert costs.stored_bytes.tolist() == [0, 4 * 4 * 4, 0 + 5 * 4 * 4]
 
 
-def test_reductions_change_what_the_formulas_say():
-    frame = reduction_costs()
-    assert list(frame.columns) == ["variant", "stage", "macs", "out_channels", "pool_share"]
-    assert frame.index.equals(pd.RangeIndex(18))
-    by_variant = {variant: rows.set_index("stage") for variant, rows in frame.groupby("variant")}
-    channels = 192
-    for row in gl.TABLE_1[2:-1]:
-        n1, _, n3, _, n5, pool = row.widths
-        reduced = by_variant["with reductions"].loc[row.stage]
-        assert reduced.macs == EXACT_TABLE[row.stage][1]
-        assert reduced.out_channels == n1 + n3 + n5 + pool
-        assert reduced.pool_share == pool / reduced.out_channels
-        naive = by_variant["without"].loc[row.stage]
-        assert naive.macs == row.size**2 * channels * (n1 + 9 * n3 + 25 * n5)
-        assert naive.pool_share == channels / naive.out_channels
-        channels += n1 + n3 + n5  # the pooling branch passes all of its input on
-        assert naive.out_channels == channels
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_bytes_by_hand(engine):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    costs = layer_costs(model, (3, 6, 6), engine=engine)
+    assert costs.input_bytes.tolist() == [4 * 108, 4 * 64, 4 * 64, 0]
+    assert costs.output_bytes.tolist() == [4 * 64, 4 * 64, 4 * 16 + 8 * 16, 0]
+    assert costs.weight_bytes.tolist() == [4 * 112, 0, 0, 0]
+    assert costs.bias_additions.tolist() == [64, 0, 0, 0]
+    assert costs.elementwise.tolist() == [0, 64, 0, 0]
+    assert costs.comparisons.tolist() == [0, 0, 3 * 16, 0]
+    # The caller holds the image while the model runs; each output dies after its successor.
+    assert costs.live_bytes.tolist() == [4 * 172, 4 * (108 + 128), 4 * (108 + 80), 4 * (108 + 16)]
+    assert costs.intensity[0] == 2 * 108 * 16 * 4 / 4 / (4 * (108 + 64 + 112)) * 1.0
+    assert costs.intensity.isna().tolist() == [False, False, False, True]
 
 
-def test_published_classifiers():
-    frame = classifier_metadata()
-    assert list(frame.columns) == ["model", "weights", "top1", "top5", "parameters", "macs"]
-    assert frame.notna().all(axis=None)
-    assert len(frame) > 80
-    first = frame[frame.weights == "IMAGENET1K_V1"].set_index("model")
-    assert first.top1[["googlenet", "vgg16"]].tolist() == [69.778, 71.592]
-    assert (first.top5 > first.top1).all()
-    assert first.parameters["vgg16"] == PARAMETERS["vgg16"]
-    for name in ("googlenet", "vgg16", "resnet50", "inception_v3"):  # printed to a million
-        assert first.macs[name] == pytest.approx(MACS[name], abs=1e6)
+def test_what_runs_in_place_takes_no_new_memory():
+    def peak(inplace):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace), nn.Conv2d(8, 1, 1))
+        return layer_costs(model, (3, 4, 4)).live_bytes.max()
+
+    assert peak(False) - peak(True) == 4 * (8 + 8 - 8 - 1) * 16
+
+
+def test_half_precision_halves_the_bytes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    whole = layer_costs(model, (3, 6, 6))
+    half = layer_costs(model.bfloat16(), (3, 6, 6))
+    for column in ("input_bytes", "output_bytes", "weight_bytes", "live_bytes"):
+        assert (2 * half[column]).equals(whole[column])
+
+
+def test_a_model_that_cannot_run_raises_its_own_error():
+    with pytest.raises(RuntimeError, match="channel"):
+        layer_costs(nn.Sequential(nn.Conv2d(4, 2, 1)), (3, 5, 5))
+    with pytest.raises(RuntimeError, match="too small"):
+        layer_costs(torchvision.models.vgg11(), (3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(2, 4, 3, padding="same", dilation=2), (2, 9, 9)),
+        (nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), (2, 9, 9)),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), (2, 8, 8)),
+        (nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), (2, 9, 9)),
+        (nn.MaxPool2d(2, 2, padding=1, ceil_mode=True), (2, 5, 5)),
+        (nn.AvgPool2d(3, 2, padding=1, ceil_mode=True), (2, 8, 8)),
+        (nn.MaxPool2d((3, 2), (1, 2), dilation=(2, 1)), (2, 9, 8)),
+        (nn.AdaptiveAvgPool2d((None, 3)), (2, 9, 8)),
+        (nn.AdaptiveMaxPool2d(2), (2, 9, 8)),
+        (nn.Flatten(2), (2, 9, 8)),
+        (nn.GroupNorm(2, 4), (4, 3, 3)),
+        (nn.LocalResponseNorm(5), (4, 3, 3)),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_shapes_are_pytorchs(layer, shape):
+    model = nn.Sequential(layer)
+    costs = layer_costs(model, shape, engine="auto")
+    assert costs.output_shape.iloc[-1] == tuple(model(torch.zeros(1, *shape)).shape[1:])
+    if "reflect" not in str(layer):
+        forward_pass(model, shape, engine="shapes")

@@ -67,6 +67,37 @@ def table() -> pd.DataFrame:
     )
 
 
+@pytest.fixture
+def structure() -> pd.DataFrame:
+    rows = [
+        (stage, branch, nonzero, 100)
+        for stage in ("3a", "4a")
+        for branch, nonzero in (("1x1", 5), ("3x3", 40), ("5x5", 60))
+    ]
+    return pd.DataFrame(rows, columns=["stage", "branch", "nonzero", "weights"])
+
+
+@pytest.fixture
+def speed() -> pd.DataFrame:
+    rows = [
+        (form, stage, batch, zeros, sparsity, ratio)
+        for stage in ("3a", "4a")
+        for batch in (1, 8)
+        for form, zeros, sparsity, ratio in (
+            ("dense 5x5", "none", 0.0, 1.0),
+            ("dense (im2col)", "none", 0.0, 1.5),
+            ("Inception branches", "structural", 0.65, 0.4),
+            ("CSR (im2col)", "random", 0.9, 1.2),
+            ("CSR (im2col)", "random", 0.99, 0.5),
+            ("CSR (matmul only)", "random", 0.9, 1.1),
+            ("CSR (matmul only)", "random", 0.99, 0.2),
+            ("CSR (im2col)", "structural", 0.65, 4.0),
+        )
+    ]
+    columns = ["form", "stage", "batch_size", "zeros", "sparsity", "ratio"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def lightness(color: str) -> float:
     """CIE L* (0 to 100) of an sRGB colour: what is left of it in grey."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
@@ -187,7 +218,44 @@ def test_training_curves_show_seeds_and_their_mean(metrics):
     assert len(ax.collections) == 2
 
 
-def make(name: str, costs, flow, metrics, table) -> Figure:
+def test_zero_share_fills_every_bar(structure):
+    ax = plots.plot_zero_share(structure)
+    assert [c.get_label() for c in ax.containers] == [
+        "1x1 branch", "3x3 branch", "5x5 branch", "zeros",
+    ]  # fmt: skip
+    widths = [[bar.get_width() for bar in c] for c in ax.containers]
+    assert widths[0] == pytest.approx([5 / 3] * 2)
+    assert [sum(bar) for bar in zip(*widths, strict=True)] == pytest.approx([100, 100])
+    assert {t.get_text() for t in ax.texts} == {"65%"}
+    assert [to_rgb(c[0].get_facecolor()) for c in ax.containers[:3]] == [
+        to_rgb(style.BRANCH_COLORS[branch]) for branch in ("1x1", "3x3", "5x5")
+    ]
+
+
+def test_sparse_speed_is_over_the_remaining_operations(speed):
+    ax = plots.plot_sparse_speed(speed[speed.batch_size == 1])
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["CSR (im2col), random zeros"].get_xdata() == pytest.approx([0.1, 0.01])
+    assert lines["CSR (im2col), random zeros"].get_ydata().tolist() == [1.2, 0.5]
+    assert lines["CSR (im2col), random zeros"].get_linestyle() == "-"
+    assert lines["CSR (im2col), the branches' zeros"].get_markerfacecolor() == "white"
+    assert lines["Inception branches"].get_ydata().tolist() == [0.4]
+    promised = lines["time = remaining operations"]
+    assert promised.get_xdata() == pytest.approx(promised.get_ydata())
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "90", "99"]
+    assert ax.get_xlim()[0] > ax.get_xlim()[1]  # more zeros to the right
+    assert {lines[f"module {stage}"].get_marker() for stage in ("3a", "4a")} == {"o", "s"}
+
+
+def test_sparsity_figure_has_a_panel_per_batch_size(structure, speed):
+    left, one, eight = figures.sparsity_figure(structure, speed).axes
+    assert left.get_title(loc="left") == "Zeros"
+    assert [ax.get_title(loc="left") for ax in (one, eight)] == ["Time, batch 1", "Time, batch 8"]
+    assert one.get_ylim() == eight.get_ylim()
+
+
+def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
     image = np.zeros((16, 16, 3), np.uint8)
     branches = ["1x1", "3x3", "5x5", "pool"]
     maps = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in branches}}
@@ -216,6 +284,7 @@ def make(name: str, costs, flow, metrics, table) -> Figure:
         "gradient": lambda: figures.gradient_figure(flow, note=note),
         "shares": lambda: figures.shares_figure(shares, note=note),
         "training": lambda: figures.training_figure(metrics, 16, note=note),
+        "sparsity": lambda: figures.sparsity_figure(structure, speed, note=note),
     }[name]()
 
 
@@ -223,12 +292,12 @@ def make(name: str, costs, flow, metrics, table) -> Figure:
     "name",
     [
         "cost", "reduction", "table_1", "accuracy", "latency", "maps", "statistics",
-        "attribution", "gradient", "shares", "training",
+        "attribution", "gradient", "shares", "training", "sparsity",
     ],
 )  # fmt: skip
-def test_text_of_a_figure_lies_inside_it(name, costs, flow, metrics, table):
+def test_text_of_a_figure_lies_inside_it(name, costs, flow, metrics, table, structure, speed):
     with style.context():
-        figure = make(name, costs, flow, metrics, table)
+        figure = make(name, costs, flow, metrics, table, structure, speed)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer = canvas.get_renderer()

@@ -19,6 +19,7 @@ FIGURES = {
     },
     "02_branch_activations": {"branch_maps", "branch_statistics", "branch_attribution"},
     "03_auxiliary_heads": {"gradient_by_source", "heads_share", "training_with_and_without_heads"},
+    "04_sparse_vs_dense": {"sparse_vs_dense"},
 }  # fmt: skip
 
 
@@ -80,6 +81,8 @@ class TestReport:
         assert verdicts["vgg-cost"] in ("supported", "depends")  # hangs on the clock
         assert verdicts["reduction"] == "supported"
         assert verdicts["aux-gradient"] == "depends"  # without batch norm only
+        assert verdicts["sparse-slow"] in ("supported", "depends", "not supported")  # the clock
+        assert verdicts["dense-parts"] in ("supported", "depends")  # equal, sparse; and the clock
 
     def test_claims_hold_the_numbers(self, report):
         claims = {claim["id"]: claim["measured"] for claim in report[1]["claims"]}
@@ -91,6 +94,12 @@ class TestReport:
         assert claims["vgg-cost"]["mac_ratio"] == pytest.approx(15_470_264_320 / 1_582_671_872)
         assert claims["vgg-cost"]["top1_gain"] == pytest.approx(71.592 - 69.778)
         assert claims["reduction"]["mac_ratio"] > 5
+        assert claims["sparse-slow"]["ratios_99"].keys() == {"3a, batch 1", "4a, batch 1"}
+        assert claims["dense-parts"]["difference"] <= 1e-5
+        # 3b: 128 1x1, 192 3x3 and 96 5x5 filters have the smallest share of zeros
+        assert claims["dense-parts"]["zero_share"] == pytest.approx(
+            (128 * 24 + 192 * 16) / ((128 + 192 + 96) * 25)
+        )
 
     def test_heads_rescue_the_network_without_norm_only(self, report):
         out, manifest = report

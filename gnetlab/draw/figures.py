@@ -271,6 +271,29 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
     return figure
 
 
+@_styled
+def sparsity_figure(structure: pd.DataFrame, speed: pd.DataFrame) -> Figure:
+    """A module as one 5x5 convolution: what it consists of, and its time in sparse and dense forms.
+
+    Columns: those of `plots.plot_zero_share` and of `plots.plot_sparse_speed`, and `batch_size`,
+    of which each has a panel.
+    """
+    batches = list(dict.fromkeys(speed.batch_size))
+    figure = _figure("page", 3.6)
+    left = figure.add_subplot(1, len(batches) + 1, 1)
+    plots.plot_zero_share(structure, ax=left).set(title="Zeros", ylabel="Inception module")
+    first = None
+    for i, batch in enumerate(batches):
+        ax = first = figure.add_subplot(1, len(batches) + 1, i + 2, sharey=first)
+        plots.plot_sparse_speed(speed[speed.batch_size == batch], ax=ax)
+        ax.set_title(f"Time, batch {batch}")
+    for panel, side, columns in ((left, "left", 2), (ax, "right", 3)):
+        handles, labels = panel.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=f"outside upper {side}", ncols=columns,
+                      columnspacing=1.2, handlelength=1.8)  # fmt: skip
+    return figure
+
+
 class SavedFigure:
     """The files of a saved figure; in a notebook it shows the PNG."""
 

@@ -268,3 +268,69 @@ def plot_training(
                         linewidth=0)  # fmt: skip
     ax.set(xlabel="training step")
     return ax
+
+
+def plot_zero_share(structure: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What a module's one 5x5 convolution consists of: weights by branch, and empty for zeros.
+
+    Columns: `stage`, `branch`, `nonzero`, `weights`. Percent of the module's weights; the share of
+    zeros is written out.
+    """
+    ax = _axes(ax)
+    stages = style.stage_order(list(structure.stage))
+    sums = structure.groupby("stage")[["nonzero", "weights"]].sum()
+    left = np.zeros(len(stages))
+    for branch, rows in structure.groupby("branch", sort=False):
+        share = (100 * rows.set_index("stage").nonzero / sums.weights).reindex(stages, fill_value=0)
+        ax.barh(stages, share, left=left, color=style.BRANCH_COLORS[branch], height=0.78,
+                label=f"{branch} branch")  # fmt: skip
+        left += share.to_numpy()
+    zeros = ax.barh(stages, 100 - left, left=left, height=0.78, facecolor="white",
+                    edgecolor=style.QUIET, linewidth=0.6, label="zeros")  # fmt: skip
+    ax.bar_label(zeros, [f"{100 - start:.0f}%" for start in left], label_type="center")
+    ax.set(xlabel="weights of the 5x5 convolution (%)", xlim=(0, 100.5),
+           ylim=(len(stages) - 0.4, -0.6))  # fmt: skip
+    return ax
+
+
+# Colour and label of each form but the dense 5x5 convolution, by form and kind of zeros.
+_FORMS = {
+    ("dense (im2col)", "none"): (style.QUIET, "dense (im2col)"),
+    ("Inception branches", "structural"): (style.SERIES[1], "Inception branches"),
+    ("CSR (im2col)", "structural"): (style.SERIES[0], "CSR (im2col), the branches' zeros"),
+    ("CSR (matmul only)", "random"): (style.SERIES[2], "CSR (matmul only), random zeros"),
+    ("CSR (im2col)", "random"): (style.SERIES[0], "CSR (im2col), random zeros"),
+    ("2:4 (im2col)", "2:4"): (style.SERIES[3], "2:4 (im2col), float16"),
+}
+
+
+def plot_sparse_speed(speed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Time over the dense convolution's against the share of zeros, log axes, a marker per stage.
+
+    Columns: `form`, `stage`, `zeros`, `sparsity`, `ratio`. Random zeros are joined by lines; the
+    branches' own zeros as CSR are open markers. The dashed line is what the count of operations
+    promises: time = remaining operations.
+    """
+    ax = _axes(ax)
+    least = 1 - speed.sparsity.max()
+    ax.axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
+    ax.plot([1, least], [1, least], color=style.QUIET, linestyle=(0, (4, 3)), linewidth=1,
+            label="time = remaining operations")  # fmt: skip
+    markers = dict(zip(style.stage_order(list(speed.stage)), "os^DvP<>X", strict=False))
+    for (form, zeros), (color, label) in _FORMS.items():
+        of_form = speed[(speed.form == form) & (speed.zeros == zeros)]
+        is_open = form.startswith("CSR") and zeros == "structural"
+        for i, (stage, rows) in enumerate(of_form.groupby("stage", sort=False)):
+            ax.plot(1 - rows.sparsity, rows.ratio, color=color, marker=markers[stage],
+                    markerfacecolor="white" if is_open else color, label="" if i else label,
+                    linestyle="-" if zeros == "random" else "")  # fmt: skip
+    for stage, marker in markers.items():
+        ax.plot([], [], color=style.QUIET, marker=marker, linestyle="", label=f"module {stage}")
+    shares = sorted({0.0, *speed.sparsity[speed.zeros != "structural"]})
+    ax.set(xscale="log", yscale="log", xlabel="zeros among the weights (%)",
+           xlim=(1.25, least / 1.3), ylabel="time / dense 5x5 convolution")  # fmt: skip
+    ax.set_xticks([1 - share for share in shares], [f"{100 * share:.4g}" for share in shares])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xticks([], minor=True)
+    ax.yaxis.set_major_formatter(FuncFormatter(plain_number))
+    return ax

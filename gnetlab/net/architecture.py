@@ -62,6 +62,14 @@ TABLE_1: tuple[Row, ...] = (
 MODULES: dict[str, Widths] = {row.stage: row.widths for row in TABLE_1 if row.widths}
 
 
+STEMS = ("paper", "separable", "cifar", "compact", "inception")
+# What Inception from the first layer on would be: 3a's shares of the widths of conv1 and conv2.
+EARLY_MODULES = {
+    "inception1": Widths(16, 24, 32, 4, 8, 8),
+    "inception2": Widths(48, 72, 96, 12, 24, 24),
+}
+
+
 def _check_choice(field: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(
@@ -81,7 +89,8 @@ class Architecture:
 
     norm            "batch" after every convolution; "lrn" after pool1 and conv2, as the paper; None
     stem            "paper" (7x7/2), "separable" (7x7 depthwise x8, then 1x1: the stem that fits
-                    Table 1), "cifar" (one 3x3 of 192), "compact" (3x3/1, pool, 1x1, 3x3, pool)
+                    Table 1), "cifar" (one 3x3 of 192), "compact" (3x3/1, pool, 1x1, 3x3, pool),
+                    "inception" (modules in place of conv1 and conv2, see `EARLY_MODULES`)
     branch5x5       "5x5", "3x3" (what torchvision has) or "3x3+3x3"
     reduce          1x1 reductions before 3x3 and 5x5 and after the pool; False is Figure 2(a)
     heads           which auxiliary heads exist, out of "aux1" (after 4a) and "aux2" (after 4d)
@@ -94,7 +103,7 @@ class Architecture:
 
     name: str = "paper"
     norm: Literal["batch", "lrn"] | None = "lrn"
-    stem: Literal["paper", "separable", "cifar", "compact"] = "paper"
+    stem: Literal["paper", "separable", "cifar", "compact", "inception"] = "paper"
     branch5x5: Literal["5x5", "3x3", "3x3+3x3"] = "5x5"
     reduce: bool = True
     heads: tuple[str, ...] = ("aux1", "aux2")
@@ -111,7 +120,7 @@ class Architecture:
 
     def __post_init__(self) -> None:
         _check_choice("norm", self.norm, ("batch", "lrn", None))
-        _check_choice("stem", self.stem, ("paper", "separable", "cifar", "compact"))
+        _check_choice("stem", self.stem, STEMS)
         _check_choice("branch5x5", self.branch5x5, ("5x5", "3x3", "3x3+3x3"))
         _check_choice("head_pool", self.head_pool, ("5x5/3", "adaptive"))
         _check_choice("pool4_size", self.pool4_size, (2, 3))
@@ -152,7 +161,8 @@ class Architecture:
 
     def module_widths(self, stage: str) -> Widths:
         """The six widths of an Inception module ("3a" ... "5b") under this width."""
-        return Widths(*(self.channels(count) for count in MODULES[stage]))
+        widths = MODULES.get(stage) or EARLY_MODULES[stage]
+        return Widths(*(self.channels(count) for count in widths))
 
     @property
     def smallest_input(self) -> int:
@@ -162,8 +172,8 @@ class Architecture:
     def _survives(self, side: int) -> bool:
         if self.stem in ("paper", "separable"):
             side = (side - 1) // 2 + 1  # conv1: 7x7, stride 2, padding 3
-        pools = {"paper": [3, 3], "separable": [3, 3], "compact": [3, 3], "cifar": []}[self.stem]
-        for kernel in [*pools, 3, self.pool4_size]:
+        pools = {"cifar": 0, "inception": 3}.get(self.stem, 2)
+        for kernel in [*[3] * pools, 3, self.pool4_size]:
             if side + 1 < kernel:  # ceil mode lets a stride-2 window overhang by one pixel
                 return False
             side = -(-(side - kernel) // 2) + 1

@@ -202,7 +202,11 @@ class GoogLeNet(nn.Module):
         if arch.stem == "cifar":
             self.conv1 = ConvUnit(arch, arch.in_channels, second, 3)
             return second
-        if arch.stem == "separable":
+        if arch.stem == "inception":
+            self.inception1 = Inception(arch, arch.in_channels, arch.module_widths("inception1"))
+            self.pool0 = nn.MaxPool2d(3, 2, ceil_mode=True)
+            first = self.inception1.out_channels
+        elif arch.stem == "separable":
             self.conv1 = SeparableUnit(arch, arch.in_channels, first)
         elif arch.stem == "compact":
             self.conv1 = ConvUnit(arch, arch.in_channels, first, 3)
@@ -211,8 +215,12 @@ class GoogLeNet(nn.Module):
         self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
         if arch.norm == "lrn":
             self.lrn1 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
-        self.conv2_reduce = ConvUnit(arch, first, first, 1)
-        self.conv2 = ConvUnit(arch, first, second, 3)
+        if arch.stem == "inception":
+            self.inception2 = Inception(arch, first, arch.module_widths("inception2"))
+            second = self.inception2.out_channels
+        else:
+            self.conv2_reduce = ConvUnit(arch, first, first, 1)
+            self.conv2 = ConvUnit(arch, first, second, 3)
         if arch.norm == "lrn":
             self.lrn2 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)

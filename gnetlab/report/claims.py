@@ -90,6 +90,34 @@ def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     return NOT_SUPPORTED, facts
 
 
+def _sparse_slow(m: Mapping[str, Any]) -> Judgement:
+    at_90, at_99 = m["ratios_90"], m["ratios_99"]
+    faster_90 = [case for case, ratio in at_90.items() if ratio < 1]
+    faster_99 = [case for case, ratio in at_99.items() if ratio < 1]
+    facts = "time of CSR over the dense convolution at 90% and 99% zeros: " + "; ".join(
+        f"({case}) {at_90[case]:.3g}x and {ratio:.3g}x" for case, ratio in at_99.items()
+    )
+    if len(faster_90) == len(at_90):
+        return NOT_SUPPORTED, facts
+    if not faster_99:
+        return SUPPORTED, facts
+    where = "everywhere" if len(faster_99) == len(at_99) else f"for ({') and ('.join(faster_99)})"
+    also = f"; at 90% already for ({') and ('.join(faster_90)})" if faster_90 else ""
+    return DEPENDS, f"CSR is faster at 99% {where}{also}; {facts}"
+
+
+def _dense_parts(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        f"outputs differ by {m['difference']:.1g} of the largest, {m['zero_share']:.0%} of the one "
+        f"convolution's weights are zero, and its branches are {m['speedup']:.2g}x as fast as it"
+    )
+    if m["difference"] > 1e-5 or m["zero_share"] < 0.5:
+        return NOT_SUPPORTED, facts
+    if m["speedup"] < 1.5:
+        return DEPENDS, f"equal and sparse, but hardly faster on this device: {facts}"
+    return SUPPORTED, facts
+
+
 _PAPER = "arXiv 1409.4842"
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
@@ -152,6 +180,38 @@ CLAIMS: dict[str, Claim] = {
             "configuration measured; depends if in some of them",
             {"ratios": "configuration -> gradient RMS at conv1, total over main alone"},
             _aux_gradient,
+        ),
+        Claim(
+            "sparse-slow",
+            "Non-uniform sparse arithmetic wastes today's hardware: even 100x fewer operations "
+            "would not pay off.",
+            f"{_PAPER}, section 3",
+            "04_sparse_vs_dense",
+            "Does it pay to compute only what is not zero?",
+            "at 99% random zeros (100x fewer operations) CSR, im2col included, is not faster than "
+            "the dense convolution in any stage measured; not supported if it is faster at 90% in "
+            "every stage; depends in between",
+            {
+                "ratios_90": "stage -> time of CSR with im2col over the dense one, 90% zeros",
+                "ratios_99": "the same at 99% zeros",
+            },
+            _sparse_slow,
+        ),
+        Claim(
+            "dense-parts",
+            "An Inception module is a filter-level sparse layer built of dense parts.",
+            f"{_PAPER}, sections 3 and 4",
+            "04_sparse_vs_dense",
+            "What does it pay to know where the zeros are?",
+            "one 5x5 convolution gives the same output as the three convolutional branches (to "
+            "1e-5 of the largest), at least half of its weights are structural zeros, and the "
+            "branches are at least 1.5x faster than it; depends if only the time falls short",
+            {
+                "difference": "largest difference of the outputs over the largest output",
+                "zero_share": "share of structural zeros among the weights of the one convolution",
+                "speedup": "time of the one 5x5 convolution over that of its branches",
+            },
+            _dense_parts,
         ),
     )
 }
