@@ -5,11 +5,13 @@ import importlib
 _HOME = {
     "googlenet": "net.model",
     "branch_names": "net.model",
+    "fuse": "net.fuse",
     "PRESETS": "net.architecture",
     "TABLE_1": "net.architecture",
     "photographs": "net.data",
     "record": "measure.hooks",
     "layer_costs": "measure.costs",
+    "roofline": "measure.roofline",
     "measure_latency": "measure.latency",
     "branch_statistics": "measure.activations",
     "branch_attribution": "measure.attribution",

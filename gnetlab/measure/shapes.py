@@ -152,7 +152,7 @@ for _name in (
     setattr(_StandIn, _name, _method(_name))
 
 
-_LOCAL = threading.local()  # .trace: the pass that runs in this thread
+_LOCAL = threading.local()  # of the pass in this thread: .trace, and who answers for modules
 _PATCHING = threading.RLock()
 
 
@@ -405,33 +405,34 @@ def _flat(arguments: Sequence) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _tracing(trace: _Trace) -> Iterator[None]:
-    """Calls of the model's modules by this thread report to `trace`.
+def intercept(model: nn.Module, handler: Callable[[nn.Module, tuple, dict], Any]) -> Iterator[None]:
+    """Let `handler(module, args, kwargs)` answer calls of the model's modules by this thread.
 
     torch.fx patches `nn.Module.__call__` for the same; that empties the method caches of every
-    module class there is, which takes longer than the pass. What `Module.compile()` sets on an
-    instance comes before its forward and hooks, so it serves here too.
+    module class there is, which takes longer than a pass on shapes. What `Module.compile()` sets
+    on an instance comes before its forward and hooks, so it serves here too.
     """
     taken = "_compiled_call_impl"
-    own = {module: module.__dict__[taken] for module in trace.paths if taken in module.__dict__}
+    modules = list(model.modules())
+    own = {module: module.__dict__[taken] for module in modules if taken in module.__dict__}
 
-    def reporter(module: nn.Module) -> Callable[..., Any]:
+    def answer(module: nn.Module) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if getattr(_LOCAL, "trace", None) is trace:
-                return trace.call(module, args, kwargs)
+            if getattr(_LOCAL, "handler", None) is handler:
+                return handler(module, args, kwargs)
             return (own.get(module) or module._call_impl)(*args, **kwargs)  # another thread's
 
         return call
 
     with _PATCHING:
         try:
-            for module in trace.paths:
-                module.__dict__[taken] = reporter(module)
-            _LOCAL.trace = trace
+            for module in modules:
+                module.__dict__[taken] = answer(module)
+            _LOCAL.handler = handler
             yield
         finally:
-            _LOCAL.trace = None
-            for module in trace.paths:
+            _LOCAL.handler = None
+            for module in modules:
                 module.__dict__.pop(taken, None)
             for module, compiled in own.items():
                 module.__dict__[taken] = compiled
@@ -467,8 +468,9 @@ def _run(model: nn.Module, input_size: Shape, training: bool, on_meta: bool) -> 
         if any(module.training != training for module in trace.paths):
             stack.enter_context(in_mode(model, training))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(intercept(model, trace.call))
+        _LOCAL.trace = trace
         if not on_meta:
-            stack.enter_context(_tracing(trace))
             model(trace.emit(shape, None))
             return Pass(trace.steps, trace.joins, images, trace.itemsize)
         # No weight is copied: functional_call lends the model meta tensors for the one pass.
@@ -476,6 +478,5 @@ def _run(model: nn.Module, input_size: Shape, training: bool, on_meta: bool) -> 
         state = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
         trace.originals = {id(state[name]): tensor for name, tensor in tensors}
         batch = torch.empty(shape, dtype=trace.dtype, device="meta")
-        stack.enter_context(_tracing(trace))
         torch.func.functional_call(model, state, (trace.emit(batch, None),))
         return Pass(trace.steps, trace.joins, images, trace.itemsize)
