@@ -11,6 +11,7 @@ products, without biases. The paper's "ops" are MACs. `flops = 2 * macs`.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -166,10 +167,9 @@ def _names(paths: list[list[Step]]) -> list[str]:
     """A name for each path of a concatenation: pool, or its kernels; equal ones are numbered."""
     names: list[str] = []
     for path in paths:
-        kernels = [step.kernel for step in path if step.kernel]
-        large = [kernel for kernel in kernels if set(kernel.split("x")) != {"1"}]
+        kernels = ["x".join(map(str, s.kernel)) for s in path if math.prod(s.kernel) > 1]
         pooled = any("pool" in step.operation for step in path)
-        name = "pool" if pooled else "+".join(large) or "1x1"
+        name = "pool" if pooled else "+".join(kernels) or "1x1"
         alike = sum(other.partition(" ")[0] == name for other in names)
         names.append(f"{name} ({alike + 1})" if alike else name)
     return names

@@ -262,7 +262,7 @@ def layer_times(
     with torch.inference_mode(), in_mode(model, training=False):
         for _ in range(rounds + 2):
             watch = _Stopwatch(model, images.device)
-            with intercept(model, watch.call), watch:
+            with intercept(watch.paths, watch.call), watch:
                 model(images)
             runs.append(watch.seconds())
     rows = list(zip(costs.module, costs.kind, strict=True))

@@ -46,7 +46,7 @@ class Unknown(NotImplementedError):
 def _tuple(value: Any, length: int) -> Sequence[int]:
     if isinstance(value, int):
         return (value,) * length
-    return tuple(value) * length if len(value) == 1 else tuple(value)
+    return tuple(value) * length if len(value) == 1 else value
 
 
 def require(condition: bool, what: str) -> None:
@@ -55,24 +55,23 @@ def require(condition: bool, what: str) -> None:
 
 
 def _conv(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Work:
-    kernel, size = tuple(weight.shape[2:]), x.shape[2:]
+    outputs, depth, *kernel = weight.shape
+    batch, channels, *size = x.shape
     n = len(kernel)
-    require(len(x.shape) == n + 2 and x.shape[1] == weight.shape[1] * groups, "conv: shapes")
-    strides, dilations = _tuple(stride, n), _tuple(dilation, n)
-    spans = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    require(len(size) == n and channels == depth * groups, "conv: shapes")
+    spans = [d * (k - 1) for d, k in zip(_tuple(dilation, n), kernel, strict=True)]
     if isinstance(padding, str):
         both = spans if padding == "same" else [0] * n
     else:
         both = [2 * p for p in _tuple(padding, n)]
     sides = [
         (i + p - span - 1) // s + 1
-        for i, p, span, s in zip(size, both, spans, strides, strict=True)
+        for i, p, span, s in zip(size, both, spans, _tuple(stride, n), strict=True)
     ]
     require(min(sides) > 0, "conv: an output without elements")
-    shape = (x.shape[0], weight.shape[0], *sides)
-    count = math.prod(shape)
-    macs = count * weight.shape[1] * math.prod(kernel)
-    return Work(shape, macs, count if bias is not None else 0)
+    count = batch * outputs * math.prod(sides)
+    macs = count * depth * math.prod(kernel)
+    return Work((batch, outputs, *sides), macs, 0 if bias is None else count)
 
 
 def _conv_transpose(
@@ -128,8 +127,8 @@ def _pad(x, pad, *_args, **_options) -> Work:
 
 
 def _batch_norm(x, running_mean=None, _variance=None, weight=None, *_args, **_options) -> Work:
-    for known in (running_mean, weight):
-        require(known is None or x.shape[1] == known.shape[0], "batch_norm: shapes")
+    known = running_mean if weight is None else weight
+    require(known is None or x.shape[1] == len(known), "batch_norm: shapes")
     return Work(x.shape, elementwise=2 * math.prod(x.shape))
 
 

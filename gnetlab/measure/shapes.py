@@ -12,9 +12,10 @@ step whose `macs` are None.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class Step:
     def __init__(self, module: str, kind: str) -> None:
         self.module, self.kind, self.operation = module, kind, ""
         self.output_shape: Shape = ()
-        self.kernel = ""  # of a convolution: "3x3"
+        self.kernel: Shape = ()  # of a convolution
         self.activations: int | None = None
         self.macs: int | None = 0
         self.parameters = self.bias_additions = self.elementwise = self.comparisons = 0
@@ -242,7 +243,8 @@ class _Trace:
             step.output_shape, step.activations = tuple(shape[1:]), math.prod(shape)
         else:
             step.macs = None
-        step.live_bytes = max(step.live_bytes, self.live)
+        if self.live > step.live_bytes:
+            step.live_bytes = self.live
 
     def claim(self, parameter: Tensor | None) -> int:
         """The elements of a parameter when it is first used, then 0."""
@@ -259,25 +261,24 @@ class _Trace:
             if not any(isinstance(part, Tensor) for part in _flat((raw,))):
                 return raw
         values, weights = _split((*args, *kwargs.values()) if kwargs else args)
-        idle = base in DROPOUTS and not kwargs.get("training", args[2:3] == (True,))
-        if idle or base in VIEWS or (self.on_meta and base in MORE_VIEWS):
-            x = values[0]
-            if self.step is not None and not self.step.operation:
-                self.step.operation = base
-            if not self.on_meta:
-                raw = x.shape if idle else VIEWS[base](*args, **kwargs)
-            return self.emit(raw, x.memory, x.above, x.learns, x.depth)
-        work = self.work(base, args, kwargs, raw)
+        rule = RULES.get(base)
+        if rule is None or base in DROPOUTS:
+            idle = base in DROPOUTS and not kwargs.get("training", args[2:3] == (True,))
+            if idle or base in VIEWS or (self.on_meta and base in MORE_VIEWS):
+                x = values[0]
+                if self.step is not None and not self.step.operation:
+                    self.step.operation = base
+                if not self.on_meta:
+                    raw = x.shape if idle else VIEWS[base](*args, **kwargs)
+                return self.emit(raw, x.memory, x.above, x.learns, x.depth)
+            if rule is None and not self.on_meta:
+                raise Unknown(name)
+        work = self.checked(rule, args, kwargs, raw) if self.on_meta else rule(*args, **kwargs)
         memory = values[0].memory if base != name or kwargs.get("inplace") is True else None
         return self.account(base, work, values, weights, memory, work.shape if raw is None else raw)
 
-    def work(self, name: str, args: tuple, kwargs: dict, raw: Any) -> Work | None:
-        """What the operation takes by its rule; None on meta where no rule fits."""
-        rule = RULES.get(name)
-        if not self.on_meta:
-            if rule is None:
-                raise Unknown(name)
-            return rule(*args, **kwargs)
+    def checked(self, rule: Any, args: tuple, kwargs: dict, raw: Any) -> Work | None:
+        """On meta: what the rule says if it gives the shapes that PyTorch gave, else None."""
         with contextlib.suppress(Unknown, TypeError):
             work = rule(*args, **kwargs) if rule else None
             shapes = [None if part is None else tuple(part.shape) for part in _flat((raw,))]
@@ -297,7 +298,8 @@ class _Trace:
         above, read, depth = 1 << len(self.steps) - 1, 0, 0
         for value in values:
             above |= value.above
-            depth = max(depth, value.depth)
+            if value.depth > depth:
+                depth = value.depth
             read += math.prod(value.shape)
         for weight in weights:
             size = self.elements.get(id(weight))
@@ -306,7 +308,7 @@ class _Trace:
                 step.parameters += self.claim(weight if size is not None else weight._base)
         step.input_bytes += self.itemsize * read
         if base[:4] == "conv":
-            step.kernel = "x".join(map(str, weights[0].shape[2:]))
+            step.kernel = tuple(weights[0].shape[2:])
         elif base == "cat" and len(values) > 1:
             self.joins.append((self.path, [value.above for value in values]))
         operands: list[bool] = []  # which of them have a gradient
@@ -314,7 +316,8 @@ class _Trace:
             operands = [*(v.learns for v in values), *(w.requires_grad for w in weights)]
         learns = any(operands)
         depth += bool(weights and work is not None and work.macs)
-        step.depth = max(step.depth, depth)
+        if depth > step.depth:
+            step.depth = depth
         before = self.live
         result = self.emit(raw, memory, above, learns, depth)
         step.output_bytes += self.live - before if memory is None else memory.size
@@ -329,7 +332,8 @@ class _Trace:
             step.backward_macs += sum(operands[:2]) * work.macs
         if learns:
             self.store(step, base, work, values, result, memory)
-        step.live_bytes = max(step.live_bytes, self.live)
+        if self.live > step.live_bytes:
+            step.live_bytes = self.live
         if self.step is None:
             self.finish(step, next(iter(_flat((result,)))))
         return result
@@ -387,7 +391,11 @@ def _split(arguments: Sequence) -> tuple[list, list[Tensor]]:
     """The stand-ins among a function's arguments, and the tensors."""
     values, weights = [], []
     for argument in arguments:
-        for v in argument if type(argument) in (tuple, list) else (argument,):
+        kind = type(argument)
+        several = kind is tuple or kind is list
+        if kind is int or (several and (not argument or type(argument[0]) is int)):
+            continue
+        for v in argument if several else (argument,):
             kind = type(v)
             if kind is _StandIn or kind is _MetaTensor:
                 values.append(v)
@@ -405,29 +413,27 @@ def _flat(arguments: Sequence) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def intercept(model: nn.Module, handler: Callable[[nn.Module, tuple, dict], Any]) -> Iterator[None]:
-    """Let `handler(module, args, kwargs)` answer calls of the model's modules by this thread.
+def intercept(
+    modules: Collection[nn.Module], handler: Callable[[nn.Module, tuple, dict], Any]
+) -> Iterator[None]:
+    """Let `handler(module, args, kwargs)` answer calls of these modules by this thread.
 
     torch.fx patches `nn.Module.__call__` for the same; that empties the method caches of every
     module class there is, which takes longer than a pass on shapes. What `Module.compile()` sets
     on an instance comes before its forward and hooks, so it serves here too.
     """
     taken = "_compiled_call_impl"
-    modules = list(model.modules())
     own = {module: module.__dict__[taken] for module in modules if taken in module.__dict__}
 
-    def answer(module: nn.Module) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if getattr(_LOCAL, "handler", None) is handler:
-                return handler(module, args, kwargs)
-            return (own.get(module) or module._call_impl)(*args, **kwargs)  # another thread's
-
-        return call
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if getattr(_LOCAL, "handler", None) is handler:
+            return handler(module, args, kwargs)
+        return (own.get(module) or module._call_impl)(*args, **kwargs)  # another thread's
 
     with _PATCHING:
         try:
             for module in modules:
-                module.__dict__[taken] = answer(module)
+                module.__dict__[taken] = functools.partial(call, module)
             _LOCAL.handler = handler
             yield
         finally:
@@ -468,7 +474,7 @@ def _run(model: nn.Module, input_size: Shape, training: bool, on_meta: bool) -> 
         if any(module.training != training for module in trace.paths):
             stack.enter_context(in_mode(model, training))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(intercept(model, trace.call))
+        stack.enter_context(intercept(trace.paths, trace.call))
         _LOCAL.trace = trace
         if not on_meta:
             model(trace.emit(shape, None))
