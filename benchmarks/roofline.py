@@ -23,7 +23,8 @@ from costs import NETWORKS, build
 
 import gnetlab as gl
 from gnetlab.measure.latency import device_name, resolve_device
-from gnetlab.measure.roofline import agreement, calibrate, layer_times
+from gnetlab.measure.layers import layer_times
+from gnetlab.measure.roofline import agreement, calibrate
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from gnetlab.report import claims
 DEPTH = {"layers": 22, "macs": 1.5e9, "rows_that_disagree": []}
 VGG = {"top1_gain": 1.8, "mac_ratio": 9.8, "parameter_ratio": 19.8, "time_ratio": 6.0}
 REDUCTION = {"mac_ratio": 10.0, "final_width_ratio": 4.8, "width_grows": True}
+QUADRATIC = {"exponent": 1.94, "module_exponent": 2.0}
+EARLY = {"memory_ratio": 1.9, "time_ratio": 1.5, "mac_ratio": 1.1}
 SPARSE = {"ratios_90": {"3a": 1.5, "4a": 2.0}, "ratios_99": {"3a": 1.0, "4a": 1.1}}
 PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
 
@@ -28,6 +30,13 @@ PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
         ("reduction", REDUCTION, "supported"),
         ("reduction", REDUCTION | {"width_grows": False}, "depends"),
         ("reduction", REDUCTION | {"width_grows": False, "mac_ratio": 1.5}, "not supported"),
+        ("quadratic", QUADRATIC, "supported"),
+        ("quadratic", QUADRATIC | {"exponent": 1.7}, "depends"),
+        ("quadratic", QUADRATIC | {"module_exponent": 1.8}, "not supported"),
+        ("quadratic", QUADRATIC | {"module_exponent": 2.2}, "not supported"),
+        ("higher-only", EARLY, "supported"),
+        ("higher-only", EARLY | {"memory_ratio": 1.2}, "depends"),
+        ("higher-only", EARLY | {"memory_ratio": 1.0}, "not supported"),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, "depends"),
         ("aux-gradient", {"ratios": {"a": 1.2, "b": 1.0}}, "not supported"),

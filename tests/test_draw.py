@@ -361,3 +361,127 @@ def test_save_refuses_names_that_are_paths(name, tmp_path):
 
 def test_stage_order_keeps_unknown_stages():
     assert style.stage_order(["head", "block2", "stem"]) == ["stem", "block2", "head"]
+
+
+def test_counters_stack_what_is_beside_the_multiply_adds():
+    explained = pd.DataFrame(
+        [
+            ("fvcore", "multiply-adds", 100e6), ("fvcore", "batch norm, 2 per output", 3e6),
+            ("fvcore", "adaptive pooling, inputs", 1e6),
+            ("FlopCounterMode", "multiplications and additions", 200e6),
+        ],
+        columns=["tool", "term", "operations"],
+    )  # fmt: skip
+    ax = plots.plot_counters(explained, 100_000_000)
+    lengths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
+    assert lengths == {"batch norm": [3, 0], "pooling": [1, 0]}
+    texts = [text.get_text() for text in ax.texts]
+    assert texts == ["prints 104.0 M", "prints 200.0 M (2 x MACs)"]
+    assert figures.counters_figure(explained, 100_000_000).axes[0].get_legend() is not None
+
+
+def test_width_shows_the_exponents_beside_slopes_of_one_and_two():
+    widths = pd.DataFrame({"width": [0.5, 1, 2], "macs": [3e8, 1e9, 4e9],
+                           "exponent": [np.nan, 1.74, 2.0]})  # fmt: skip
+    ax = plots.plot_width(widths)
+    slope_1, slope_2, measured = (line.get_xydata() for line in ax.lines)
+    assert slope_1.tolist() == [[0.5, 0.5], [2, 2]]
+    assert slope_2.tolist() == [[0.5, 0.25], [2, 4]]
+    assert measured.tolist() == [[0.5, 0.3], [1, 1], [2, 4]]
+    assert [t.get_text() for t in ax.texts] == ["exponent 1", "exponent 2", "1.74", "2.00"]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+
+
+def test_resolution_names_lines_at_their_ends_without_overlap():
+    rows = [(name, side, macs * side**2)
+            for name, macs in (("GoogLeNet", 1e4), ("VGG-16", 9e4), ("VGG-16, small", 9.01e4))
+            for side in (32, 224)]  # fmt: skip
+    costs = pd.DataFrame(rows, columns=["network", "side", "macs"])
+    ax = plots.plot_resolution(costs)
+    assert [t.get_text() for t in ax.texts] == ["GoogLeNet", "VGG-16", "VGG-16, small"]
+    heights = [np.log10(t.xy[1]) for t in ax.texts]
+    assert heights[2] - heights[1] > 0.05
+    assert ax.lines[0].get_ydata().tolist() == [1e4 * 32**2 / 1e9, 1e4 * 224**2 / 1e9]
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "--"]
+    widths = pd.DataFrame({"width": [1, 2], "macs": [1e9, 4e9], "exponent": [np.nan, 2.0]})
+    assert len(figures.scaling_figure(widths, costs).axes) == 2
+
+
+def test_accuracy_front_is_what_nothing_beats():
+    models = pd.DataFrame({
+        "model": list("abcd"), "top1": [60.0, 55, 70, 65], "macs": [1e6, 2e6, 3e6, 4e6],
+    })  # fmt: skip
+    ax = plots.plot_accuracy(models, {"a": "A"})
+    front = ax.lines[0].get_xydata()
+    assert front.tolist() == [[1, 60], [3, 70]]
+    assert ax.lines[0].get_drawstyle() == "steps-post"
+
+
+@pytest.fixture
+def passes() -> pd.DataFrame:
+    rows = [
+        (variant, operation, seconds)
+        for variant, factor in (("as it is", 1.0), ("fused", 0.5))
+        for operation, seconds in (
+            ("conv2d", 0.01 * factor), ("max_pool2d", 0.02 * factor), ("relu_", 0.002),
+            ("batch_norm", 0.003), ("add", 0.005),
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "operation", "seconds"])
+
+
+def test_operations_are_stacked_by_kind(passes):
+    ax = plots.plot_operations(passes, "seconds", "variant")
+    lengths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
+    assert list(lengths) == ["convolution", "max pooling", "normalization", "ReLU", "other"]
+    assert lengths["max pooling"] == pytest.approx([0.02, 0.01])
+    ends = [sum(bars) for bars in zip(*lengths.values(), strict=True)]
+    assert ends == pytest.approx([0.04, 0.025])
+    ax = plots.plot_operations(passes, "seconds", "variant", percent=True)
+    total = sum(np.array([bar.get_width() for bar in c]) for c in ax.containers)
+    assert total.tolist() == pytest.approx([100, 100])
+    assert "50" in [text.get_text() for text in ax.texts]
+
+
+def test_time_figure_has_shares_and_variants(passes):
+    shares = passes.assign(quantity="time", amount=passes.seconds)
+    left, right = figures.time_figure(shares, passes).axes
+    assert left.get_xlim() == (0, 100)
+    assert right.get_xlabel().endswith("(ms)")
+    assert max(bar.get_x() + bar.get_width() for c in right.containers for bar in c) > 39
+
+
+def test_predictions_stand_against_what_was_measured():
+    times = pd.DataFrame({
+        "network": ["a", "a", "b"], "seconds": [1e-3, 2e-3, 4e-3],
+        **{f"{p}_seconds": [0, 1e-3, 8e-3] for p in ("macs", "roofline", "calibrated")},
+    })  # fmt: skip
+    ax = plots.plot_prediction(times, "macs")
+    points = [c.get_offsets().tolist() for c in ax.collections]
+    assert points == [[[1, 0.5], [2, 1]], [[4, 8]]]  # no predicted time: at the lower edge
+    assert [c.get_label() for c in ax.collections] == ["a", "b"]
+    agreement = pd.DataFrame({"predictor": ["macs", "roofline", "calibrated"],
+                              "spearman": [0.5, 0.75, 0.954]})  # fmt: skip
+    titles = [ax.get_title("left") for ax in figures.predictors_figure(times, agreement).axes]
+    assert titles[0] == "Multiply-adds only: rank corr. 0.50"
+    assert titles[2] == "Calibrated: rank corr. 0.95"
+
+
+def test_implementations_show_both_costs():
+    table = pd.DataFrame({"implementation": ["a", "b"], "side": [224, 32], "macs": [1e9, 2e9],
+                          "parameters": [6e6, 7e6]})  # fmt: skip
+    left, right = figures.implementations_figure(table).axes
+    assert [bar.get_width() for bar in left.containers[0]] == [1000, 2000]
+    assert [bar.get_width() for bar in right.containers[0]] == [6, 7]
+    assert [t.get_text() for t in left.get_yticklabels()] == ["a (224 px)", "b (32 px)"]
+
+
+@pytest.mark.parametrize(("values", "scale"), [([1.9, 1.1], "linear"), ([19.0, 1.1], "log")])
+def test_small_ratios_stand_on_a_linear_axis(values, scale):
+    ratios = pd.Series(values, index=["memory", "time"])
+    ax = figures.early_figure(ratios).axes[0]
+    assert ax.get_xscale() == scale
+    assert ax.collections[-1].get_offsets()[:, 0].tolist() == values
+    assert [t.get_text() for t in ax.texts] == [f"{v:.3g}x" for v in values]
+    low, high = ax.get_xlim()
+    assert low < min(values) < max(values) < high

@@ -7,7 +7,13 @@ from networks import MACS, PARAMETERS, build, costs_of
 
 import gnetlab as gl
 from gnetlab.measure.costs import layer_costs
-from gnetlab.measure.paper import classifier_metadata, depth, reduction_costs, table_1
+from gnetlab.measure.paper import (
+    classifier_metadata,
+    depth,
+    reduction_costs,
+    reduction_savings,
+    table_1,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,7 @@ def test_table_1_is_exact(table):
     assert exact == EXACT_TABLE
     assert list(table.columns) == [
         "parameters", "printed_params", "macs", "printed_ops", "params_agree", "ops_agree",
+        "verdict", "contradictory",
     ]  # fmt: skip
 
 
@@ -63,6 +70,15 @@ def test_operations_that_agree_with_table_1(table):
 def test_parameters_that_agree_with_table_1(table):
     # Printed as rounded up or down: 3a has 159.5 K and is printed as 159 K.
     assert table.index[table.params_agree].tolist() == ["conv2", "3a", "linear"]
+
+
+def test_rows_that_contradict_themselves(table):
+    # By hand, 3b: 304 +- 0.5 million operations at 28 x 28 are 387,117 to 388,393 weights, but
+    # 380 +- 0.5 K are 388,608 to 389,632.
+    assert table.index[table.contradictory].tolist() == ["3b", "4c", "4d", "4e", "5b"]
+    assert (table.verdict[table.contradictory] == "ops").all()
+    assert table.index[table.verdict == "neither"].tolist() == ["conv1", "4a", "5a"]
+    assert table.index[table.verdict == "both"].tolist() == ["conv2", "3a", "linear"]
 
 
 def test_the_separable_stem_fits_table_1_in_both_columns():
@@ -97,6 +113,11 @@ def test_reductions_change_what_the_formulas_say():
         assert naive.pool_share == channels / naive.out_channels
         channels += n1 + n3 + n5  # the pooling branch passes all of its input on
         assert naive.out_channels == channels
+    savings = reduction_savings(frame)
+    sums = frame.groupby("variant").macs.sum()
+    assert savings["mac_ratio"] == sums["without"] / sums["with reductions"] > 10
+    assert savings["final_width_ratio"] == channels / 1024
+    assert savings["width_grows"] is True
 
 
 def test_published_classifiers():

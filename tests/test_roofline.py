@@ -7,12 +7,13 @@ from torch import nn
 
 import gnetlab as gl
 from gnetlab.measure.costs import layer_costs
+from gnetlab.measure.layers import layer_times, shares, variant_times
 from gnetlab.measure.roofline import (
     PREDICTORS,
     Calibration,
     agreement,
     calibrate,
-    layer_times,
+    predict,
     roofline,
 )
 
@@ -72,6 +73,35 @@ def test_layer_times_are_the_rows_of_layer_costs():
     assert times.seconds.sum() < 5
     assert [module.training for module in model.modules()] == modes
     assert not any("_compiled_call_impl" in vars(module) for module in model.modules())
+
+
+def test_variants_have_the_same_work_and_leave_the_model_as_it_was():
+    model = gl.googlenet("torchvision", width=0.1).eval()
+    times = variant_times(model, torch.randn(1, 3, 64, 64), rounds=1)
+    by_variant = times.groupby("variant", sort=False)
+    assert list(by_variant.groups) == ["as it is", "channels last", "fused"]
+    assert by_variant.macs.sum().nunique() == 1
+    assert (by_variant.get_group("fused").operation != "batch_norm").all()
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_shares_are_of_macs_bytes_and_time(model):
+    times = layer_costs(model, (3, 14, 14)).assign(seconds=2.0)
+    frame = shares(times)
+    assert len(frame) == 3 * len(times)
+    sums = frame.groupby("quantity").amount.sum()
+    assert sums["multiply-adds"] == times.macs.sum()
+    assert sums["time"] == 2 * len(times)
+    assert sums["bytes"] == sum(times[f"{k}_bytes"].sum() for k in ("input", "output", "weight"))
+
+
+def test_predictions_of_several_networks_stand_beside_what_was_measured(model):
+    images = torch.randn(2, 3, 14, 14)
+    frame = predict({"a": model, "b": model}, images, MADE_UP)
+    assert frame.network.tolist() == ["a"] * 9 + ["b"] * 9
+    once = roofline(layer_costs(model, (3, 14, 14)), batch_size=2, calibration=MADE_UP)
+    assert frame.calibrated_seconds[:9].tolist() == once.calibrated_seconds.tolist()
+    assert (frame.seconds[frame.macs > 0] > 0).all()
 
 
 class Slow(nn.Module):

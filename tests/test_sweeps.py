@@ -64,7 +64,10 @@ def test_closed_form_refuses_images_that_are_too_small():
 
 def test_widening_modules_is_quadratic():
     frame = width_costs([0.5, 1, 2])
-    assert list(frame.columns) == ["width", "macs", "module_macs", "parameters", "exponent"]
+    assert list(frame.columns) == [
+        "width", "macs", "module_macs", "parameters", "exponent", "module_exponent",
+    ]  # fmt: skip
+    assert frame.module_exponent[2] == pytest.approx(2)
     assert frame.macs[1] == MACS["paper"]
     assert frame.parameters[1] == PARAMETERS["paper"]
     # Every channel count doubles, the image's do not.
@@ -122,3 +125,9 @@ def test_inception_from_the_first_layer_on():
     assert early.macs - plain.macs == 224**2 * first + 56**2 * second - 118_013_952 - 359_661_568
     assert early.stored_bytes - early.stem_bytes == plain.stored_bytes - plain.stem_bytes
     assert early.stem_bytes > 2 * plain.stem_bytes
+    assert frame.step_seconds.isna().all()
+
+
+def test_inception_from_the_first_layer_on_is_timed_on_a_device():
+    frame = early_inception(32, device="cpu", batch_size=1, min_run_time=0.01)
+    assert (frame.step_seconds > 0).all()

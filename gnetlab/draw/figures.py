@@ -97,6 +97,96 @@ def table_1_figure(table: pd.DataFrame) -> Figure:
 
 
 @_styled
+def counters_figure(explained: pd.DataFrame, macs: int) -> Figure:
+    """What other tools print for the network, and what they count besides multiply-adds.
+
+    Columns: `tool`, `term`, `operations`; `macs` is the network's own count.
+    """
+    figure = _figure("page", 2.4)
+    ax = plots.plot_counters(explained, macs, ax=figure.subplots())
+    ax.legend(loc="center right", title="terms", title_fontsize=7)
+    return figure
+
+
+@_styled
+def scaling_figure(widths: pd.DataFrame, resolutions: pd.DataFrame) -> Figure:
+    """How multiply-adds grow with the network's width and with the image.
+
+    Columns: those of `plots.plot_width` and of `plots.plot_resolution`.
+    """
+    figure = _figure("page", 3.0)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
+    plots.plot_width(widths, ax=left).set_title("Wider, at 224 x 224")
+    plots.plot_resolution(resolutions, ax=right).set_title("Other image sizes")
+    return figure
+
+
+@_styled
+def implementations_figure(table: pd.DataFrame) -> Figure:
+    """Known implementations of GoogLeNet: multiply-adds and parameters of each.
+
+    Columns: `implementation`, `side` (pixels), `macs`, `parameters`.
+    """
+    figure = _figure("page", 2.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{row.implementation} ({row.side} px)" for row in table.itertuples()]
+    for ax, value in ((left, "macs"), (right, "parameters")):
+        scale, label = plots.AXIS_UNITS[value]
+        bars = ax.barh(names, table[value] / scale, color=style.SERIES[0], height=0.6)
+        ax.bar_label(bars, [f"{v / scale:,.2f}" for v in table[value]], padding=3, fontsize=6.5)
+        ax.set(xscale="log", xlabel=label, xlim=(table[value].min() / scale / 2,
+                                                 table[value].max() / scale * 4))  # fmt: skip
+        ax.xaxis.set_major_formatter(plots.FuncFormatter(plots.plain_number))
+    left.set_ylim(len(table) - 0.4, -0.6)
+    return figure
+
+
+@_styled
+def time_figure(shares: pd.DataFrame, variants: pd.DataFrame) -> Figure:
+    """Where a pass spends multiply-adds, bytes and time, and what faster variants win.
+
+    Both have `operation`; `shares` has `quantity` and `amount`, each quantity drawn as 100%;
+    `variants` has `variant` and `seconds`.
+    """
+    figure = _figure("page", 2.4)
+    left, right = figure.subplots(1, 2)
+    plots.plot_operations(shares, "amount", "quantity", percent=True, ax=left)
+    left.set(title="Shares of one pass", xlabel="percent", xlim=(0, 100))
+    milliseconds = variants.assign(milliseconds=1000 * variants.seconds)
+    plots.plot_operations(milliseconds, "milliseconds", "variant", ax=right)
+    right.set(title="Time of one pass", xlabel="sum of the layers (ms)")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+@_styled
+def predictors_figure(times: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
+    """Predicted against measured time of every layer, by multiply-adds, roofline and calibration.
+
+    Columns: those of `plots.plot_prediction`; `agreement` has `predictor`, `spearman`.
+    """
+    figure = _figure("page", 2.7)
+    axes = figure.subplots(1, len(agreement), sharex=True, sharey=True)
+    titles = {"macs": "Multiply-adds only", "roofline": "Roofline", "calibrated": "Calibrated"}
+    for ax, row in zip(axes, agreement.itertuples(), strict=True):
+        plots.plot_prediction(times, row.predictor, ax=ax)
+        ax.set_title(f"{titles[row.predictor]}: rank corr. {row.spearman:.2f}")
+    axes[0].set_ylabel("predicted (ms)")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
+@_styled
+def early_figure(ratios: pd.Series) -> Figure:
+    """What Inception modules in place of conv1 and conv2 cost, over the plain stem's cost."""
+    figure = _figure("column", 2.0)
+    ax = plots.plot_ratios(ratios, ax=figure.subplots())
+    ax.set_xlabel("Inception from the first layer / plain stem")
+    return figure
+
+
+@_styled
 def accuracy_figure(models: pd.DataFrame, highlight: Mapping[str, str]) -> Figure:
     """Published accuracy against multiply-adds and against parameters.
 

@@ -108,6 +108,8 @@ def plot_accuracy(
 ) -> Axes:
     """Published top-1 accuracy against cost, log axis; chosen networks in colour with names.
 
+    The line is the Pareto front: the best accuracy at or below each cost.
+
     Columns: `model`, `top1` (percent), and `x` (count). `highlight` maps model to its label.
     """
     ax = _axes(ax)
@@ -120,9 +122,168 @@ def plot_accuracy(
         ax.scatter(point[x] / scale, point.top1, s=24, color=color, zorder=3)
         ax.annotate(name, (point[x] / scale, point.top1), (5, -3), textcoords="offset points",
                     va="top", color=color, fontsize=7)  # fmt: skip
+    # The front: what no other network beats in both.
+    front = models.sort_values([x, "top1"], ascending=[True, False])
+    front = front[front.top1 > front.top1.cummax().shift(fill_value=-1)]
+    ax.step(front[x] / scale, front.top1, where="post", color=style.QUIET, linewidth=0.8, zorder=0)
     ax.set(xscale="log", xlabel=label, ylabel="published top-1 accuracy (%)")
     ax.margins(y=0.1)
     ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    return ax
+
+
+_TERMS = {
+    "biases": style.SERIES[0], "batch norm": style.OPERATION_COLORS["normalization"],
+    "LRN": style.SERIES[3], "ReLU": style.OPERATION_COLORS["ReLU"],
+    "pool": style.OPERATION_COLORS["max pooling"],
+}  # fmt: skip
+
+
+def plot_counters(explained: pd.DataFrame, macs: int, *, ax: Axes | None = None) -> Axes:
+    """What tools count besides multiply-adds, stacked by what it is, and what they print.
+
+    Columns: `tool`, `term`, `operations`. `macs` is the network's own count.
+    """
+    ax = _axes(ax)
+    tools = list(dict.fromkeys(explained.tool))
+    extra = explained[~explained.term.str.startswith("multipl")]
+    kinds = extra.term.map(lambda term: next((k for k in _TERMS if k in term), "ReLU"))
+    sums = (extra.operations / 1e6).groupby([extra.tool, kinds]).sum().unstack(fill_value=0)
+    left = np.zeros(len(tools))
+    for kind, color in _TERMS.items():
+        if kind in sums:
+            length = sums[kind].reindex(tools, fill_value=0).to_numpy()
+            ax.barh(tools, length, left=left, color=color, height=0.7,
+                    label={"pool": "pooling"}.get(kind, kind))  # fmt: skip
+            left += length
+    printed = explained.groupby("tool").operations.sum()
+    for y, tool in enumerate(tools):
+        twice = printed[tool] >= 2 * macs
+        text = f"prints {printed[tool] / 1e6:,.1f} M{' (2 x MACs)' if twice else ''}"
+        ax.annotate(text, (left[y], y), (3, 0), textcoords="offset points", va="center", fontsize=6)
+    ax.set(xlabel="counted besides the multiply-adds (millions)", ylim=(len(tools) - 0.4, -0.6),
+           xlim=(0, left.max() * 1.45))  # fmt: skip
+    return ax
+
+
+def plot_width(widths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Multiply-adds over width, log axes, beside lines of slope 1 and 2 through width 1.
+
+    Columns: `width`, `macs` (count), `exponent` (since the row before; written between points).
+    """
+    ax = _axes(ax)
+    giga = widths.macs / 1e9
+    at_one = float(np.interp(1, widths.width, giga))
+    ends = np.array([widths.width.min(), widths.width.max()])
+    for power in (1, 2):
+        ax.plot(ends, at_one * ends**power, color=style.QUIET, linewidth=0.8,
+                linestyle=(0, (4, 3)))  # fmt: skip
+        ax.annotate(f"exponent {power}", (ends[-1], at_one * ends[-1] ** power), (6, 0),
+                    textcoords="offset points", va="center", fontsize=6.5, color=style.QUIET,
+                    annotation_clip=False)  # fmt: skip
+    ax.plot(widths.width, giga, color=style.SERIES[0], marker="o")
+    middles = zip(widths.width, widths.width[1:], giga, giga[1:], widths.exponent[1:], strict=False)
+    for x1, x2, y1, y2, exponent in middles:
+        ax.annotate(f"{exponent:.2f}", ((x1 * x2) ** 0.5, (y1 * y2) ** 0.5), (-4, 4), ha="right",
+                    textcoords="offset points", fontsize=6.5)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="width (multiple of the paper's channels)",
+           ylabel="multiply-adds (billions)")  # fmt: skip
+    ax.set_xticks(widths.width)
+    ax.set_xticks([], minor=True)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(plain_number))
+    return ax
+
+
+def plot_resolution(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Multiply-adds over image size, log axes, one line per network with its name at the end.
+
+    Columns: `network`, `side` (pixels), `macs` (count). VGG's lines are dashed.
+    """
+    ax = _axes(ax)
+    ends = costs.groupby("network", sort=False).macs.last().sort_values()
+    low, high = np.log(costs.macs.min() / 1e9), np.log(costs.macs.max() / 1e9)
+    heights = np.log(ends.to_numpy() / 1e9)
+    for i in range(1, len(heights)):  # names of lines that end together must not overlap
+        heights[i] = max(heights[i], heights[i - 1] + 0.065 * (high - low))
+    for i, name in enumerate(ends.index):
+        rows = costs[costs.network == name]
+        is_vgg = name.startswith("VGG")
+        color = style.SERIES[1] if is_vgg else style.SERIES[0 if i < 2 else 2]
+        ax.plot(rows.side, rows.macs / 1e9, color=color, marker="o", markersize=2.5,
+                linestyle=(0, (4, 2)) if is_vgg else "-")  # fmt: skip
+        ax.annotate(name, (rows.side.iloc[-1] * 1.08, np.exp(heights[i])), fontsize=6.5,
+                    color=color, va="center", annotation_clip=False)  # fmt: skip
+    ax.set(xscale="log", yscale="log", xlabel="side of the image (pixels)",
+           ylabel="multiply-adds (billions)")  # fmt: skip
+    ax.set_xticks(sorted(costs.side.unique()))
+    ax.set_xticks([], minor=True)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(plain_number))
+    return ax
+
+
+def operation_kind(operation: str) -> str:
+    """The key of `style.OPERATION_COLORS` for an operation of `layer_costs`.
+
+    >>> operation_kind("conv2d"), operation_kind("local_response_norm"), operation_kind("add")
+    ('convolution', 'normalization', 'other')
+    """
+    kinds = {
+        "conv": "convolution", "max_pool": "max pooling", "relu": "ReLU", "cat": "concatenation",
+        "linear": "linear",
+    }  # fmt: skip
+    if "norm" in operation:
+        return "normalization"
+    return next((kind for start, kind in kinds.items() if operation.startswith(start)), "other")
+
+
+def plot_operations(
+    frame: pd.DataFrame, value: str, by: str, *, percent: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Horizontal bars, one per `by`, stacked by what the layers do.
+
+    Columns: `operation`, `by`, and `value`. `percent` makes each bar 100 long.
+    """
+    ax = _axes(ax)
+    kinds = frame.operation.map(operation_kind)
+    sums = frame.groupby([frame[by], kinds], sort=False)[value].sum().unstack(fill_value=0)
+    sums = sums.astype(float).reindex(list(dict.fromkeys(frame[by])))
+    if percent:
+        sums = 100 * sums.div(sums.sum(axis=1), axis=0)
+    left = np.zeros(len(sums))
+    for kind, color in style.OPERATION_COLORS.items():
+        if kind in sums:
+            bars = ax.barh([str(name) for name in sums.index], sums[kind], left=left, color=color,
+                           height=0.68, label=kind, edgecolor="white", linewidth=0.4)  # fmt: skip
+            if percent:
+                texts = [f"{v:.0f}" if v >= 7 else "" for v in sums[kind]]
+                dark = kind in ("convolution", "normalization", "linear")
+                ax.bar_label(bars, texts, label_type="center", fontsize=6.5,
+                             color="white" if dark else "black")  # fmt: skip
+            left += sums[kind].to_numpy()
+    ax.set_ylim(len(sums) - 0.45, -0.55)
+    return ax
+
+
+def plot_prediction(times: pd.DataFrame, predictor: str, *, ax: Axes | None = None) -> Axes:
+    """Predicted against measured time per layer, log axes, with the line where they are equal.
+
+    Columns: `network`, `seconds`, `{predictor}_seconds`. Layers predicted to take no time stand at
+    the lower edge.
+    """
+    ax = _axes(ax)
+    worked = times[times.seconds > 0]
+    floor = 1e3 * worked.seconds.min() / 2
+    for i, (network, rows) in enumerate(worked.groupby("network", sort=False)):
+        predicted = (1e3 * rows[f"{predictor}_seconds"]).clip(lower=floor)
+        ax.scatter(1e3 * rows.seconds, predicted, s=9, color=style.SERIES[i], alpha=0.6,
+                   linewidth=0, label=network)  # fmt: skip
+    ends = [floor, 2e3 * worked.seconds.max()]
+    ax.plot(ends, ends, color=style.QUIET, linewidth=0.7, zorder=0)
+    ax.set(xscale="log", yscale="log", xlabel="measured (ms)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(plain_number))
     return ax
 
 
@@ -156,7 +317,11 @@ def plot_ratios(ratios: pd.Series, *, ax: Axes | None = None) -> Axes:
         ax.annotate(f"{ratio:.3g}x", (ratio, name), (-6 if below else 6, 0), fontsize=7,
                     textcoords="offset points", va="center", ha="right" if below else "left",
                     )  # fmt: skip
-    ax.set(xscale="log", ylim=(len(ratios) - 0.5, -0.5))
+    ax.set_ylim(len(ratios) - 0.5, -0.5)
+    if ratios.max() < 4 and ratios.min() > 0.5:  # a log axis would have no tick but 1
+        ax.set_xlim(min(1, ratios.min()) - 0.2, max(1.5, ratios.max()) * 1.2)
+        return ax
+    ax.set(xscale="log")
     ax.set_xlim(min(1, ratios.min() * 0.6) * 0.85, max(2, ratios.max()) * 1.8)
     ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.xaxis.set_minor_formatter(NullFormatter())

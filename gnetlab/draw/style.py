@@ -25,6 +25,16 @@ SOURCE_LABELS = {
     "aux2": "aux2 (after 4d)",
     "total": "total",
 }
+# What a layer does, where time is shared out; pooling has the colour of the pool branch.
+OPERATION_COLORS = {
+    "convolution": "#3A3A3A",
+    "max pooling": "#EBB94B",
+    "normalization": "#B0307A",
+    "ReLU": "#5B9BD5",
+    "concatenation": "#9A9A9A",
+    "linear": "#22316C",
+    "other": "#DDDDDD",
+}
 EMPHASIS, QUIET = "#C4451C", "#8A8A8A"
 # For variants without a colour of their own (networks, heads on or off), in order of use.
 SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227")

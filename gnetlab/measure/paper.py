@@ -3,11 +3,13 @@
 `table_1()`       the paper's Table 1 beside what its architecture computes to
 `depth()`         number of layers with parameters along the deepest path
 `reduction_costs()`  the nine modules with and without 1x1 reductions
+`reduction_savings()`  what that comes to
 `classifier_metadata()`  published accuracy, parameters and MACs of torchvision's classifiers
 """
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -31,7 +33,9 @@ def table_1(model: nn.Module | None = None) -> pd.DataFrame:
     `model` computes it (None: the paper preset without heads). Columns: `stage`, `parameters`
     (weights without biases, count), `printed_params` (in units of 1024), `macs` (count),
     `printed_ops` (in millions), `params_agree`, `ops_agree` (within half a unit of the last digit
-    printed; a twentieth more is allowed, since the paper rounds 159.50 down).
+    printed; a twentieth more is allowed, since the paper rounds 159.50 down), `verdict` (both,
+    params, ops, neither), `contradictory`: whether no number of weights could meet both printed
+    numbers, since operations are weights times positions.
     """
     model = model or build(architecture("paper", heads=()))
     costs = layer_costs(model)
@@ -57,10 +61,19 @@ def table_1(model: nn.Module | None = None) -> pd.DataFrame:
         for row in TABLE_1
     ]
     frame = pd.DataFrame(rows)
-    last_digit = frame.printed_params.map(lambda printed: 0.1 if printed % 1 else 1.0)
-    params_off = (frame.parameters / 1024 - frame.printed_params).abs()
-    ops_off = (frame.macs / 1e6 - frame.printed_ops).abs()
-    return frame.assign(params_agree=params_off <= 0.55 * last_digit, ops_agree=ops_off <= 0.55)
+    allowed = 0.55 * frame.printed_params.map(lambda printed: 0.1 if printed % 1 else 1.0)
+    params_agree = (frame.parameters / 1024 - frame.printed_params).abs() <= allowed
+    ops_agree = (frame.macs / 1e6 - frame.printed_ops).abs() <= 0.55
+    # What each printed number says about the weights: the two ranges must meet.
+    per_weight = 1e6 / (frame.macs / frame.parameters)
+    apart = (frame.printed_ops * per_weight - frame.printed_params * 1024).abs()
+    return frame.assign(
+        params_agree=params_agree,
+        ops_agree=ops_agree,
+        verdict=np.select([params_agree & ops_agree, params_agree, ops_agree],
+                          ["both", "params", "ops"], "neither"),
+        contradictory=apart > 0.55 * per_weight + 1024 * allowed,
+    )  # fmt: skip
 
 
 def reduction_costs(input_size: tuple[int, ...] = (3, 224, 224)) -> pd.DataFrame:
@@ -87,6 +100,16 @@ def reduction_costs(input_size: tuple[int, ...] = (3, 224, 224)) -> pd.DataFrame
                 }
             )
     return pd.DataFrame(rows)
+
+
+def reduction_savings(modules: pd.DataFrame) -> dict[str, float | bool]:
+    """What `reduction_costs` comes to: what the claim on reductions is judged by."""
+    reduced, naive = (rows for _, rows in modules.groupby("variant", sort=False))
+    return {
+        "mac_ratio": naive.macs.sum() / reduced.macs.sum(),
+        "final_width_ratio": naive.out_channels.iloc[-1] / reduced.out_channels.iloc[-1],
+        "width_grows": bool(naive.out_channels.is_monotonic_increasing),
+    }
 
 
 def classifier_metadata() -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 `calibrate()`     the device's peak, bandwidth, pooling speed and overhead, measured in seconds
 `roofline()`      time predicted per layer, three ways: MACs, roofline, calibrated
-`layer_times()`   time measured per layer
+`predict()`       the same beside the time measured, for several networks
 `agreement()`     how well each prediction ranks the layers, and how far the networks' sums are off
 
 Roofline: Williams, Waterman and Patterson 2009, doi 10.1145/1498765.1498785.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +21,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from gnetlab.measure.costs import layer_costs
-from gnetlab.measure.hooks import in_mode
 from gnetlab.measure.latency import device_name
-from gnetlab.measure.rules import DROPOUTS, MORE_VIEWS, VIEWS
-from gnetlab.measure.shapes import intercept
+from gnetlab.measure.layers import layer_times, wait
 
 PREDICTORS = ("macs", "roofline", "calibrated")
 
@@ -132,19 +128,14 @@ def _seconds(
     """Median seconds of a call."""
     times = []
     for round_ in range(rounds + 2):  # the first two warm up
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         for _ in range(number):
             run()
-        _wait(device)
+        wait(device)
         if round_ > 1:
             times.append((time.perf_counter() - start) / number)
     return statistics.median(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def roofline(
@@ -194,86 +185,19 @@ def _copying(moved: pd.Series, found: Calibration) -> np.ndarray:
     return np.exp(within) * moved
 
 
-class _Stopwatch(TorchFunctionMode):
-    """Times leaf modules, and the functions that containers call, as `layer_costs` has rows."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.paths = {module: name for name, module in model.named_modules()}
-        self.device, self.path = device, ""
-        self.names: list[tuple[str, str]] = []
-        self.marks: list[tuple] = []
-
-    def call(self, module: nn.Module, args: tuple, kwargs: dict):
-        path = self.paths[module]
-        if not module._modules:
-            return self.timed(path, type(module).__name__, module._call_impl, args, kwargs)
-        outer, self.path = self.path, path
-        result = module._call_impl(*args, **kwargs)
-        self.path = outer
-        return result
-
-    def __torch_function__(self, function, _types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(function, "__name__", "").rstrip("_")
-        result = None
-        if name not in VIEWS | dict.fromkeys(MORE_VIEWS) | dict.fromkeys(DROPOUTS):
-            result = self.timed(self.path, name, function, args, kwargs)
-            if not isinstance(result, Tensor):  # a question about shapes, not an operation
-                self.names.pop(), self.marks.pop()
-            return result
-        return function(*args, **kwargs)
-
-    def timed(self, path: str, kind: str, run: Callable, args: tuple, kwargs: dict):
-        with torch._C.DisableTorchFunction():
-            start = self.mark()
-            result = run(*args, **kwargs)
-            self.marks.append((start, self.mark()))
-        self.names.append((path, kind))
-        return result
-
-    def mark(self):
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> list[float]:
-        _wait(self.device)
-        if self.device.type == "cuda":
-            return [start.elapsed_time(end) / 1000 for start, end in self.marks]
-        return [end - start for start, end in self.marks]
-
-
-def layer_times(
-    model: nn.Module,
-    images: Tensor,
-    *,
-    rounds: int = 7,
+def predict(
+    models: Mapping[str, nn.Module], images: Tensor, calibration: Calibration | None = None
 ) -> pd.DataFrame:
-    """Measured time of every layer in eval mode, on the device and in the layout of `images`.
+    """Predicted and measured time of every layer of several networks, on the device of `images`.
 
-    The model must be there already. Returns `layer_costs` of one image with `seconds` (median per
-    batch over `rounds`, after two that warm up). On CUDA the times are between events.
+    The networks must be there. Columns: those of `roofline`, `seconds` (measured), `network`.
     """
-    costs = layer_costs(model, tuple(images.shape[1:]))
-    runs = []
-    with torch.inference_mode(), in_mode(model, training=False):
-        for _ in range(rounds + 2):
-            watch = _Stopwatch(model, images.device)
-            with intercept(watch.paths, watch.call), watch:
-                model(images)
-            runs.append(watch.seconds())
-    rows = list(zip(costs.module, costs.kind, strict=True))
-    if watch.names != rows:
-        strange = next((pair for pair in zip(watch.names, rows, strict=False)
-                        if pair[0] != pair[1]), (len(watch.names), len(rows)))  # fmt: skip
-        raise RuntimeError(
-            f"what ran is not what was counted: {strange[0]} against {strange[1]}; layer times "
-            "need a model that takes the same way for every image"
-        )
-    return costs.assign(seconds=np.median(np.array(runs[2:]), axis=0))
+    rows = []
+    for name, model in models.items():
+        times = layer_times(model, images)
+        found = roofline(times, images.device, batch_size=len(images), calibration=calibration)
+        rows.append(found.assign(network=name))
+    return pd.concat(rows, ignore_index=True)
 
 
 def agreement(times: pd.DataFrame) -> pd.DataFrame:

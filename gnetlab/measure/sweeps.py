@@ -1,6 +1,7 @@
 """What becomes of the cost when the architecture or the image changes; from numbers alone.
 
 `closed_form()`       multiply-adds and parameters per stage and branch, from an `Architecture`
+`adjusted_costs()`    the same, with one module's reductions set: what the sliders show
 `width_costs()`       at several widths, with the exponent of growth
 `resolution_costs()`  at several image sizes, beside VGG-16
 `implementations()`   the known implementations of GoogLeNet, how they differ, what each costs
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 
 from gnetlab.measure.costs import layer_costs
+from gnetlab.measure.latency import measure_latency
 from gnetlab.net.architecture import MODULES, Architecture, Widths, architecture
 from gnetlab.net.model import build
 
@@ -141,14 +143,26 @@ def closed_form(
     return pd.DataFrame(rows, columns=["stage", "branch", "macs", "parameters"])
 
 
+def adjusted_costs(
+    side: int, width: float, stage: str, reduce3x3: int, reduce5x5: int
+) -> pd.DataFrame:
+    """The paper's network at a size and width, with one module's reductions set (channels).
+
+    Columns as `closed_form`.
+    """
+    arch = architecture("paper", heads=(), width=width)
+    widths = arch.module_widths(stage)._replace(reduce3x3=reduce3x3, reduce5x5=reduce5x5)
+    return closed_form(arch, side, modules={stage: widths})
+
+
 def width_costs(
     widths: Iterable[float], arch: Architecture | str = "paper", side: int = 224
 ) -> pd.DataFrame:
     """Costs at several widths, one row each, and how they grow.
 
     Columns: `width`, `macs`, `module_macs` (of the nine modules alone), `parameters` (counts), and
-    `exponent`: the slope of log macs over log width since the row before (NaN in the first). A
-    chain of convolutions has exponent 2; what hangs on the image or the classes alone has 1.
+    `exponent`, `module_exponent`: the slope of log macs over log width since the row before (NaN
+    in the first). A chain of convolutions has 2; what hangs on the image or the classes, 1.
     """
     arch = architecture(arch)
     rows = []
@@ -157,8 +171,10 @@ def width_costs(
         of_modules = costs[costs.stage.isin(list(MODULES))]
         rows.append((width, costs.macs.sum(), of_modules.macs.sum(), costs.parameters.sum()))
     frame = pd.DataFrame(rows, columns=["width", "macs", "module_macs", "parameters"])
-    growth = np.log(frame[["width", "macs"]]).diff()
-    return frame.assign(exponent=growth.macs / growth.width)
+    growth = np.log(frame[["width", "macs", "module_macs"]]).diff()
+    return frame.assign(
+        exponent=growth.macs / growth.width, module_exponent=growth.module_macs / growth.width
+    )
 
 
 def resolution_costs(sides: Iterable[int]) -> pd.DataFrame:
@@ -241,17 +257,24 @@ def implementations() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def early_inception(side: int = 224) -> pd.DataFrame:
+def early_inception(
+    side: int = 224,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 1,
+    min_run_time: float = 2.0,
+) -> pd.DataFrame:
     """The paper's network, and the same with Inception modules in place of conv1 and conv2.
 
     Columns: `stem` ("plain", "inception"), `macs`, `training_macs` (forward and backward, heads
     included), `parameters` (heads included), `stored_bytes` (activations kept for the backward
-    pass), `stem_bytes` (those of the stem alone), for one image.
+    pass), `stem_bytes` (those of the stem alone), for one image; `step_seconds`, the time of a
+    training step on `device` (seconds per batch; NA without one).
     """
-    rows = []
+    rows, models = [], {}
     for name, stem in (("plain", "paper"), ("inception", "inception")):
-        with torch.device("meta"):
-            model = build(architecture("paper", stem=stem))
+        with torch.device("meta" if device is None else "cpu"):
+            model = models[name] = build(architecture("paper", stem=stem))
         costs = layer_costs(model, (3, side, side), training=True)
         deployed = layer_costs(model, (3, side, side))
         rows.append(
@@ -264,4 +287,11 @@ def early_inception(side: int = 224) -> pd.DataFrame:
                 "stem_bytes": int(costs.stored_bytes[costs.stage == "stem"].sum()),
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if device is None:
+        return frame.assign(step_seconds=np.nan)
+    steps = measure_latency(
+        models, input_size=(3, side, side), device=device, step="training",
+        batch_sizes=(batch_size,), min_run_time=min_run_time, rounds=3,
+    )  # fmt: skip
+    return frame.assign(step_seconds=steps.seconds)

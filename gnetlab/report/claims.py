@@ -73,6 +73,31 @@ def _reduction(m: Mapping[str, Any]) -> Judgement:
     return NOT_SUPPORTED, facts
 
 
+def _quadratic(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        f"twice the width is 2^{m['exponent']:.2f} times the multiply-adds, in the modules alone "
+        f"2^{m['module_exponent']:.2f}"
+    )
+    if abs(m["module_exponent"] - 2) > 0.1:
+        return NOT_SUPPORTED, facts
+    if m["exponent"] < 1.8:
+        return DEPENDS, f"in the modules, less so in the whole network: {facts}"
+    return SUPPORTED, facts
+
+
+def _higher_only(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        f"Inception from the first layer on stores {m['memory_ratio']:.2f}x the activations and "
+        f"takes {m['time_ratio']:.2f}x the time of a training step, at {m['mac_ratio']:.2f}x its "
+        "multiply-adds"
+    )
+    if m["memory_ratio"] >= 1.25:
+        return SUPPORTED, facts
+    if m["memory_ratio"] >= 1.05:
+        return DEPENDS, f"a little: {facts}"
+    return NOT_SUPPORTED, facts
+
+
 def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     ratios = m["ratios"]
     helped = [name for name, ratio in ratios.items() if ratio >= 2]
@@ -169,6 +194,36 @@ CLAIMS: dict[str, Claim] = {
                 "width_grows": "whether the naive width grows from every module to the next",
             },
             _reduction,
+        ),
+        Claim(
+            "quadratic",
+            "Widening chained convolutions raises the compute quadratically.",
+            f"{_PAPER}, section 3",
+            "01_compute_cost",
+            "What happens when it grows?",
+            "doubling the width raises the modules' multiply-adds by a power of 2 with an exponent "
+            "within 0.1 of 2, the whole network's with at least 1.8; depends if only the modules'",
+            {
+                "exponent": "log2 of the network's multiply-adds at width 2 over width 1",
+                "module_exponent": "the same for the nine modules alone",
+            },
+            _quadratic,
+        ),
+        Claim(
+            "higher-only",
+            "Inception belongs in the higher layers; the lower ones stay plain, for memory in "
+            "training.",
+            f"{_PAPER}, section 4",
+            "01_compute_cost",
+            "Why does Inception not start at the first layer?",
+            "with Inception modules in place of conv1 and conv2 a training step stores at least "
+            "1.25x the activations; depends from 1.05x",
+            {
+                "memory_ratio": "activations kept for the backward pass, Inception stem over plain",
+                "time_ratio": "time of a training step measured here, Inception stem over plain",
+                "mac_ratio": "multiply-adds of a training step, Inception stem over plain",
+            },
+            _higher_only,
         ),
         Claim(
             "aux-gradient",

@@ -237,6 +237,7 @@ def _execute(job: Job, output: Path, progress: Progress) -> None:
     job.status, start = "running", time.monotonic()
     progress(job)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not a user's own
+    os.environ["GNETLAB_BATCH"] = "1"  # nobody is there to move a slider
     try:
         papermill.execute_notebook(
             job.source,
