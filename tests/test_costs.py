@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gnetlab as gl
-from gnetlab.measure.costs import layer_costs, locate
+from gnetlab.measure.costs import layer_costs, locate, summed
 from gnetlab.measure.shapes import forward_pass
 
 COLUMNS = [
@@ -205,6 +205,21 @@ def test_what_no_rule_knows_is_a_row_that_is_not_counted():
         layer_costs(nn.Sequential(Mystery()), (3, 5, 4), engine="shapes")
 
 
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_a_layer_whose_weights_nothing_was_seen_to_use_is_not_counted(engine):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(7))
+
+        def forward(self, x):
+            return x
+
+    costs = layer_costs(nn.Sequential(Idle(), nn.Identity()), (3, 5, 4), engine=engine)
+    assert costs.macs.isna().tolist() == [True, False]
+    assert costs.parameters.tolist() == [7, 0]
+
+
 def test_matrix_products_are_macs():
     class Gram(nn.Module):
         def forward(self, x):
@@ -288,6 +303,14 @@ def test_nothing_is_computed(training):
     with Operations() as operations:
         layer_costs(model, (3, 64, 64), training=training, engine="meta")
     assert {device for _, device in operations.seen} == {"meta"}
+
+
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_layers_that_drop_at_random_draw_nothing(engine):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), torchvision.ops.StochasticDepth(0.5, "row"))
+    before = torch.get_rng_state()
+    layer_costs(model, (3, 4, 4), training=True, engine=engine)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_models_in_inference_mode_are_counted():
@@ -616,3 +639,22 @@ def test_shapes_are_pytorchs(layer, shape):
     assert costs.output_shape.iloc[-1] == tuple(model(torch.zeros(1, *shape)).shape[1:])
     if "reflect" not in str(layer):
         forward_pass(model, shape, engine="shapes")
+
+
+def test_sums_over_layers():
+    costs = costs_of("paper")
+    whole = summed(costs)
+    assert len(whole) == 1
+    assert whole.macs[0] == MACS["paper"]
+    assert whole.bytes[0] == sum(
+        costs[f"{kind}_bytes"].sum() for kind in ("input", "output", "weight")
+    )
+    assert whole.outputs[0] == costs.activations[costs.macs > 0].sum() == 3_227_160
+    assert whole.live_bytes[0] == costs.live_bytes.max()
+    assert whole.depth[0] == 22
+    assert whole.intensity[0] == 2 * MACS["paper"] / whole.bytes[0]
+    stages = summed(costs, ["stage", "branch"]).set_index(["stage", "branch"])
+    assert stages.macs["3a", "5x5"] == 784 * (192 * 16 + 25 * 16 * 32)
+    assert stages.macs.sum() == MACS["paper"]
+    training = layer_costs(build("torchvision"), training=True)
+    assert summed(training, "stage").stored_bytes.sum() == training.stored_bytes.sum()

@@ -132,6 +132,13 @@ def test_unknown_tools_and_uncounted_layers_are_refused():
         explain(costs)
 
 
+def test_what_fvcores_two_terms_do_not_explain_is_said():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.GroupNorm(2, 4))
+    frame = beside_fvcore(model, (3, 8, 8)).set_index("module")
+    assert frame.unexplained["0"] == 0
+    assert frame.unexplained["1"] == frame.fvcore["1"] > 0  # group norm, which fvcore counts
+
+
 def test_fvcores_count_per_module_is_explained():
     model = gl.googlenet("torchvision", width=0.1)
     frame = beside_fvcore(model, (3, 64, 64))

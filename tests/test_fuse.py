@@ -16,6 +16,7 @@ NETWORKS = {
     "cifar": {"in_channels": 1},
     "naive": {"norm": "batch"},
     "paper, batch norm, separable": {"norm": "batch", "stem": "separable"},
+    "paper, inception stem": {"stem": "inception"},
     "paper, no norm, 3x3, compact": {"norm": None, "branch5x5": "3x3", "stem": "compact"},
 }
 

@@ -34,6 +34,10 @@ def test_bars_have_the_lengths_of_the_costs():
         lengths = pd.Series([bar.get_width() for bar in drawn], index=bars.stages)
         known = sums[branch].reindex(bars.stages, fill_value=0)
         np.testing.assert_allclose(lengths, known)
+    row = bars.stages.index("4a")  # the bars of a stage follow one another
+    spans = [(bar[row].get_x(), bar[row].get_width()) for bar in bars.bars.values()]
+    ends = np.cumsum([width for _, width in spans])
+    np.testing.assert_allclose([start for start, _ in spans], [0, *ends[:-1]])
     right = max(bar.get_x() + bar.get_width() for bars_ in bars.bars.values() for bar in bars_)
     assert right == pytest.approx(costs.groupby("stage").macs.sum().max() / 1e6)
     assert f"{costs.macs.sum() / 1e9:.3f} billion" in bars.ax.get_title("left")

@@ -312,7 +312,7 @@ VIEWS = {
     "unsqueeze": _unsqueezed,
     "__getitem__": _indexed,
     "chunk": _chunks,
-    **dict.fromkeys(("contiguous", "detach", "stochastic_depth"), lambda x, *_a, **_o: x.shape),
+    **dict.fromkeys(("contiguous", "detach"), lambda x, *_a, **_o: x.shape),
 }
 # On the meta device PyTorch knows the shapes of these; they too only look.
 MORE_VIEWS = {
