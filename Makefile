@@ -11,7 +11,7 @@ report: .venv/installed ## execute every notebook and write reports/fast/index.h
 test: .venv/installed ## linter, tests, and the notebooks at their fast profile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 lab: .venv/installed ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `gnetlab report`, `gnetlab costs`, `gnetlab info`. Thin: others do the work."""
+"""The command line: `gnetlab report | costs | train | info`. Thin: others do the work."""
 
 from __future__ import annotations
 
@@ -307,6 +307,33 @@ def _shown(value: object) -> str:
     if isinstance(value, Integral) or (isinstance(value, float) and value >= 1000):
         return f"{int(value):,}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def train(
+    what: Annotated[str, typer.Argument(help="bundled: the weights that come with gnetlab.")],
+    output: Annotated[
+        Path, typer.Option(help="Where the weights go; their card lies beside them.")
+    ] = Path("bundled.safetensors"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Fewer steps than the recipe's.")] = None,
+) -> None:
+    """Train weights by their recipe; an interrupted training goes on where it stopped.
+
+    Example: gnetlab train bundled --output weights/bundled.safetensors
+    """
+    from gnetlab.measure.bundled import train_bundled
+    from gnetlab.measure.latency import resolve_device
+
+    if what != "bundled":
+        raise _usage_error(f"train {what} asked; there is one recipe: bundled")
+    try:
+        card = train_bundled(output, device=resolve_device(device), steps=steps)
+    except ValueError as error:
+        raise _usage_error(str(error)) from error
+    typer.echo(f"{output}: SHA-256 {card['sha256']}")
+    for side, accuracy in card["held_out_accuracy"].items():
+        typer.echo(f"held-out crops of {side} px: {accuracy:.1%} of the photographs told")
 
 
 @app.command()

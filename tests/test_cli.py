@@ -106,6 +106,7 @@ def test_costs_of_a_model_that_cannot_be_made_on_meta(run):
         (["costs", "no_such_module:make"], "no module 'no_such_module'"),
         (["costs", "math:make"], "has no attribute 'make'"),
         (["costs", "googlenet:paper", "--input", "8"], "smallest"),
+        (["train", "bundle"], "one recipe: bundled"),
         (["report", "--profile", "slow"], "choose fast or full"),
         (["report", "-p", "seed"], "NAME=VALUE"),
         (["report", "-p", "sead=1"], "Did you mean seed"),
@@ -128,7 +129,19 @@ def test_info_says_what_is_here(run):
         assert word in result.output
 
 
-@pytest.mark.parametrize("command", ["report", "costs", "info"])
+def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypatch):
+    from gnetlab.measure import bundled
+
+    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4, "sizes": [[1.0, 32]]})
+    monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.125})
+    path = tmp_path / "w.safetensors"
+    result = run("train", "bundled", "--output", str(path), "--steps", "1", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert path.is_file()
+    assert "held-out crops of 64 px: 12.5%" in result.output
+
+
+@pytest.mark.parametrize("command", ["report", "costs", "train", "info"])
 def test_help_shows_what_the_command_does(command, run):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -40,6 +40,8 @@ def train(
     learning_rate: float = 0.05,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    nesterov: bool = False,
+    cosine: bool = False,
     clip: float | None = None,
     head_weight: float = HEAD_WEIGHT,
     test_every: int | None = None,
@@ -53,10 +55,13 @@ def train(
     """Train `model` in place, on its own device, and return its metrics.
 
     data             a data set of `gnetlab.net.data` on the same device
+    nesterov         Nesterov's momentum
+    cosine           let the learning rate rise over the first 2% of the steps, then fall to 0 as
+                     half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)
     clip             largest norm of the whole gradient (None: no clipping)
     head_weight      weight of each auxiliary loss (0.3 in the paper)
     test_every       steps between evaluations on the test set (None: at the end only)
-    mixed_precision  bfloat16 autocast, on CUDA only
+    mixed_precision  bfloat16 autocast
     progress         a bar, on a terminal and in Jupyter only
     checkpoint       file to save to every `save_every` steps and at the end, written atomically;
                      if it exists, training goes on from it, exactly as if never interrupted
@@ -71,8 +76,9 @@ def train(
     if channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay
-    )
+        model.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay,
+        nesterov=nesterov,
+    )  # fmt: skip
     path = Path(checkpoint) if checkpoint else None
     records: list[dict[str, Any]] = []
     start = 0
@@ -80,11 +86,13 @@ def train(
         torch.manual_seed(seed)  # dropout
         if path and path.exists():
             start, records = _resume(path, model, optimizer, device)
-        autocast = torch.autocast("cuda", torch.bfloat16, mixed_precision and device.type == "cuda")
+        autocast = torch.autocast(device.type, torch.bfloat16, mixed_precision)
         pending: list[tuple[int, dict[str, tuple[Tensor, Tensor | None]]]] = []
         bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or None)
         for step in bar:
             model.train()
+            if cosine:
+                optimizer.param_groups[0]["lr"] = learning_rate * _cosine(step, steps)
             images, labels = data.train_batch(step, batch_size, seed)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -175,6 +183,18 @@ def escape_steps(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> pd
             }
         )
     return pd.DataFrame(rows).astype({"escape_step": "Int64"})
+
+
+def _cosine(step: int, steps: int) -> float:
+    """The share of the learning rate at a step.
+
+    >>> [round(_cosine(step, 100), 3) for step in (0, 1, 2, 51, 99)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warm = max(1, round(0.02 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
 
 
 def _in_float(output: Any) -> Any:

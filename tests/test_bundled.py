@@ -1,0 +1,47 @@
+"""The recipe of the bundled weights, shortened."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import gnetlab as gl
+from gnetlab.measure import bundled
+
+
+def test_conv1_starts_small():
+    model = bundled.start(0)
+    assert model.conv1.conv.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model.conv2.conv.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    assert torch.equal(model.conv1.conv.weight, bundled.start(0).conv1.conv.weight)
+    assert model.architecture.branch5x5 == "5x5"
+    assert model.architecture.norm == "batch"
+
+
+def test_low_frequencies_of_noise_and_of_edges():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 64, 7)
+    assert 0.3 < bundled.low_frequency_energy(conv) < 0.65
+    edge = torch.linspace(-1, 1, 7).view(1, 1, 1, 7).expand(64, 3, 7, 7)
+    conv.weight.data.copy_(edge)
+    assert bundled.low_frequency_energy(conv) > 0.8
+    checkerboard = (-1.0) ** (torch.arange(7)[:, None] + torch.arange(7))
+    conv.weight.data.copy_(checkerboard.expand(64, 3, 7, 7))
+    assert bundled.low_frequency_energy(conv) < 0.1
+
+
+def test_a_short_training_writes_weights_and_their_card(tmp_path, monkeypatch):
+    small = bundled.RECIPE | {"batch_size": 4, "sizes": [[1.0, 32]]}
+    monkeypatch.setattr(bundled, "RECIPE", small)
+    monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.5})
+    path = tmp_path / "new" / "weights.safetensors"
+    card = bundled.train_bundled(path, steps=2, progress=False)
+    assert json.loads(path.with_suffix(".json").read_text()) == card
+    assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert card["recipe"]["steps"] == 2
+    assert path.stat().st_size < 14e6
+    model = gl.googlenet("paper", norm="batch", aux=False, num_classes=16, weights=path)
+    assert model.conv1.conv.weight.dtype == torch.float32
+    assert model.conv1.bn.running_mean.abs().sum() > 0
