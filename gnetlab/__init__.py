@@ -15,6 +15,8 @@ _HOME = {
     "measure_latency": "measure.latency",
     "branch_statistics": "measure.activations",
     "branch_attribution": "measure.attribution",
+    "branch_ablation": "measure.ablation",
+    "receptive_fields": "measure.receptive",
     "gradient_flow": "measure.gradients",
     "train": "measure.training",
 }

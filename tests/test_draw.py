@@ -485,3 +485,32 @@ def test_small_ratios_stand_on_a_linear_axis(values, scale):
     assert [t.get_text() for t in ax.texts] == [f"{v:.3g}x" for v in values]
     low, high = ax.get_xlim()
     assert low < min(values) < max(values) < high
+
+
+def test_ablation_shows_changes_with_their_intervals():
+    rows = [
+        (stage, branch, kind, -0.1 * (i + 1), -0.1 * (i + 1) - 0.05, -0.1 * (i + 1) + 0.05)
+        for kind in ("zero", "mean")
+        for stage in ("3a", "3b")
+        for i, branch in enumerate(("1x1", "pool"))
+    ]
+    frame = pd.DataFrame(rows, columns=["stage", "branch", "kind", "change", "low", "high"])
+    left, right = figures.ablation_figure(frame).axes
+    assert [left.get_title("left"), right.get_title("left")] == [
+        "Branch puts out zeros", "Branch puts out its mean",
+    ]  # fmt: skip
+    points = [container.lines[0].get_ydata().tolist() for container in left.containers]
+    assert points == [pytest.approx([-10, -10]), pytest.approx([-20, -20])]
+    segment = left.containers[0].lines[2][0].get_segments()[0]
+    assert segment[:, 1] == pytest.approx([-15, -5])
+    assert left.containers[0].lines[0].get_color() == style.BRANCH_COLORS["1x1"]
+    assert left.get_ylim() == right.get_ylim()
+
+
+def test_receptive_figure_draws_the_image_across():
+    frame = pd.DataFrame({"stage": ["3a", "3b"] * 2, "branch": ["1x1"] * 2 + ["pool"] * 2})
+    frame = frame.assign(theoretical=[27, 59, 43, 75], ratio=[0.9, 0.8, 0.7, 0.6])
+    left, right = figures.receptive_figure(frame, 224).axes
+    assert [line.get_ydata().tolist() for line in left.lines[:2]] == [[27, 59], [43, 75]]
+    assert left.lines[2].get_ydata() == [224, 224]
+    assert [line.get_ydata().tolist() for line in right.lines] == [[0.9, 0.8], [0.7, 0.6]]

@@ -268,6 +268,47 @@ def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
 
 
 @_styled
+def receptive_figure(fields: pd.DataFrame, side: int) -> Figure:
+    """How much of the image each branch can see, and how much of that its gradient uses.
+
+    Columns: `stage`, `branch`, `theoretical` (pixels), `ratio` (effective over theoretical); `side`
+    of the image in pixels is drawn across.
+    """
+    figure = _figure("page", 2.6)
+    left, right = figure.subplots(1, 2)
+    plots.plot_by_depth(fields, "theoretical", ax=left)
+    left.lines[-1].set_linestyle((0, (3, 3)))  # the pool's field is the 3x3's, which shows through
+    left.axhline(side, color=style.QUIET, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
+    left.annotate(f"image, {side}", (0, side), (2, 2), textcoords="offset points", fontsize=6.5,
+                  color=style.QUIET)  # fmt: skip
+    left.set(title="Can see", ylabel="receptive field (pixels)")
+    left.set_ylim(bottom=0)
+    left.legend(title="branch", title_fontsize=7, loc="lower right")
+    plots.plot_by_depth(fields, "ratio", ax=right)
+    right.set(title="Uses", ylabel="effective / theoretical size", ylim=(0, 1.05))
+    return figure
+
+
+@_styled
+def ablation_figure(ablation: pd.DataFrame) -> Figure:
+    """What the network loses without each branch, once as zeros and once as its mean.
+
+    Columns: `kind`, and those of `plots.plot_ablation`.
+    """
+    kinds = list(dict.fromkeys(ablation.kind))
+    figure = _figure("page", 2.7)
+    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    titles = {"zero": "Branch puts out zeros", "mean": "Branch puts out its mean"}
+    for ax, kind in zip(axes, kinds, strict=True):
+        plots.plot_ablation(ablation[ablation.kind == kind], ax=ax).set_title(titles[kind])
+    axes[0].set_ylabel("change of accuracy (points)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, [f"{label} branch" for label in labels], loc="outside upper center",
+                  ncols=len(labels))  # fmt: skip
+    return figure
+
+
+@_styled
 def attribution_figure(
     image: np.ndarray, maps: Mapping[str, Mapping[str, np.ndarray]], shares: pd.DataFrame
 ) -> Figure:

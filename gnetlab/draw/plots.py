@@ -346,6 +346,26 @@ def plot_by_depth(statistics: pd.DataFrame, value: str, *, ax: Axes | None = Non
     return ax
 
 
+def plot_ablation(ablation: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Change of accuracy in points without each branch, over the stages, bars for the interval.
+
+    Columns: `stage`, `branch`, `change`, `low`, `high` (fractions), one row per branch.
+    """
+    ax = _axes(ax)
+    stages = style.stage_order(list(ablation.stage))
+    branches = list(dict.fromkeys(ablation.branch))
+    ax.axhline(0, color=style.QUIET, linewidth=0.6, zorder=0)
+    for i, (branch, rows) in enumerate(ablation.groupby("branch", sort=False)):
+        rows = rows.set_index("stage").reindex(stages)
+        places = np.arange(len(stages)) + 0.16 * (i - (len(branches) - 1) / 2)
+        reach = 100 * np.abs(rows[["low", "high"]].sub(rows.change, axis=0).to_numpy().T)
+        ax.errorbar(places, 100 * rows.change, yerr=reach, color=style.BRANCH_COLORS[branch],
+                    linestyle="", marker="o", elinewidth=0.9, label=branch)  # fmt: skip
+    ax.set_xticks(range(len(stages)), stages)
+    ax.set(xlabel="Inception module")
+    return ax
+
+
 def plot_montage(
     maps: np.ndarray, columns: int, *, limits: tuple[float, float] | None = None,
     cmap: str = "magma", ax: Axes | None = None,
