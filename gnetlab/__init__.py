@@ -16,6 +16,7 @@ _HOME = {
     "branch_statistics": "measure.activations",
     "branch_attribution": "measure.attribution",
     "branch_ablation": "measure.ablation",
+    "branch_correlation": "measure.correlation",
     "receptive_fields": "measure.receptive",
     "gradient_flow": "measure.gradients",
     "train": "measure.training",

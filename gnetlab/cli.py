@@ -311,7 +311,7 @@ def _shown(value: object) -> str:
 
 @app.command()
 def train(
-    what: Annotated[str, typer.Argument(help="bundled: the weights that come with gnetlab.")],
+    what: Annotated[str, typer.Argument(help="bundled: gnetlab's own recipe, on its photographs.")],
     output: Annotated[
         Path, typer.Option(help="Where the weights go; their card lies beside them.")
     ] = Path("bundled.safetensors"),

@@ -1,4 +1,4 @@
-"""The recipe of the bundled weights, shortened."""
+"""The recipe for weights without a download, shortened."""
 
 import hashlib
 import json

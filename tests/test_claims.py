@@ -12,6 +12,10 @@ VGG = {"top1_gain": 1.8, "mac_ratio": 9.8, "parameter_ratio": 19.8, "time_ratio"
 REDUCTION = {"mac_ratio": 10.0, "final_width_ratio": 4.8, "width_grows": True}
 QUADRATIC = {"exponent": 1.94, "module_exponent": 2.0}
 EARLY = {"memory_ratio": 1.9, "time_ratio": 1.5, "mac_ratio": 1.1}
+LOCAL = {"channel_trend": 0.6, "energy_trend": 0.5}
+STAGES = ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")
+CORRELATED = {"p": dict.fromkeys(STAGES, 0.002), "z": dict.fromkeys(STAGES, 9.0),
+              "z_random": dict.fromkeys(STAGES, 1.0), "rand_index": 0.1}  # fmt: skip
 SPARSE = {"ratios_90": {"3a": 1.5, "4a": 2.0}, "ratios_99": {"3a": 1.0, "4a": 1.1}}
 PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
 
@@ -37,6 +41,20 @@ PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
         ("higher-only", EARLY, "supported"),
         ("higher-only", EARLY | {"memory_ratio": 1.2}, "depends"),
         ("higher-only", EARLY | {"memory_ratio": 1.0}, "not supported"),
+        ("locality", LOCAL, "supported"),
+        ("locality", LOCAL | {"channel_trend": 0.4}, "depends"),
+        ("locality", LOCAL | {"channel_trend": -0.4, "energy_trend": 0.4}, "not supported"),
+        ("correlated", CORRELATED, "supported"),
+        (
+            "correlated",
+            CORRELATED | {"p": CORRELATED["p"] | dict.fromkeys(STAGES[:3], 0.02)},
+            "depends",
+        ),
+        (
+            "correlated",
+            CORRELATED | {"z_random": dict.fromkeys(STAGES, 10.0)},
+            "not supported",
+        ),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, "depends"),
         ("aux-gradient", {"ratios": {"a": 1.2, "b": 1.0}}, "not supported"),

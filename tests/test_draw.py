@@ -514,3 +514,18 @@ def test_receptive_figure_draws_the_image_across():
     assert [line.get_ydata().tolist() for line in left.lines[:2]] == [[27, 59], [43, 75]]
     assert left.lines[2].get_ydata() == [224, 224]
     assert [line.get_ydata().tolist() for line in right.lines] == [[0.9, 0.8], [0.7, 0.6]]
+
+
+def test_correlations_of_two_networks_stand_side_by_side():
+    frame = pd.DataFrame({
+        "network": ["trained"] * 2 + ["random"] * 2, "stage": ["3a", "3b"] * 2,
+        "within": [0.4, 0.3, 0.2, 0.1], "between": [0.2, 0.2, 0.1, 0.1], "z": [9, 8, 1, 0],
+    })  # fmt: skip
+    left, right = figures.correlation_figure(frame).axes
+    lines = {line.get_label(): line.get_ydata().tolist() for line in left.lines}
+    assert lines == {
+        "trained, within": [0.4, 0.3], "trained, between": [0.2, 0.2],
+        "random, within": [0.2, 0.1], "random, between": [0.1, 0.1],
+    }  # fmt: skip
+    assert [line.get_ydata().tolist() for line in right.lines[:2]] == [[9, 8], [1, 0]]
+    assert left.lines[0].get_color() == style.EMPHASIS

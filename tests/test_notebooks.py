@@ -20,8 +20,8 @@ FIGURES = {
         "accuracy_per_cost", "latency", "time_by_operation", "predicted_time", "early_inception",
     },
     "02_branch_activations": {
-        "branch_maps", "receptive_fields", "branch_statistics", "branch_ablation",
-        "branch_attribution",
+        "branch_maps", "receptive_fields", "branch_statistics", "branch_correlation",
+        "branch_ablation", "branch_attribution",
     },
     "03_auxiliary_heads": {"gradient_by_source", "heads_share", "training_with_and_without_heads"},
     "04_sparse_vs_dense": {"sparse_vs_dense"},

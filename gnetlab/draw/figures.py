@@ -309,6 +309,31 @@ def ablation_figure(ablation: pd.DataFrame) -> Figure:
 
 
 @_styled
+def correlation_figure(correlations: pd.DataFrame) -> Figure:
+    """Correlation of channels within and between branches over depth, and how far from chance.
+
+    Columns: `network` (the first is drawn in colour), `stage`, `within`, `between`, `z`.
+    """
+    figure = _figure("page", 2.6)
+    left, right = figure.subplots(1, 2)
+    for i, (network, rows) in enumerate(correlations.groupby("network", sort=False)):
+        color = (style.EMPHASIS, style.QUIET)[min(i, 1)]
+        for value, line in (("within", "-"), ("between", (0, (3, 2)))):
+            left.plot(rows.stage, rows[value], color=color, linestyle=line, marker="o",
+                      label=f"{network}, {value}")  # fmt: skip
+        right.plot(rows.stage, rows.z, color=color, marker="o", label=network)
+    right.axhline(0, color=style.QUIET, linewidth=0.6, zorder=0)
+    left.set(title="Channels of one branch, of two", ylabel="mean |correlation|",
+             xlabel="Inception module")  # fmt: skip
+    right.set(title="Against permuted branches", ylabel="difference (standard deviations)",
+              xlabel="Inception module")  # fmt: skip
+    left.set_ylim(bottom=0)
+    left.legend(loc="best", ncols=2)
+    right.legend(loc="best")
+    return figure
+
+
+@_styled
 def attribution_figure(
     image: np.ndarray, maps: Mapping[str, Mapping[str, np.ndarray]], shares: pd.DataFrame
 ) -> Figure:

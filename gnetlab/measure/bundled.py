@@ -1,6 +1,6 @@
-"""The recipe of the bundled weights: a network that can be looked at without a download.
+"""A recipe for weights that can be looked at without a download.
 
-`train_bundled()`  trains it, and writes the weights with a card that says what they are
+`train_bundled()`  trains them, and writes the weights with a card that says what they are
 `RECIPE`           every number that decides the outcome
 
 The paper's network with batch norm and its true 5x5 branch learns which of 16 photographs a crop

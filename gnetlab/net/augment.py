@@ -1,4 +1,4 @@
-"""Crops of the photographs under strong augmentation: what the bundled weights are trained on.
+"""Crops of the photographs under strong augmentation: what `gnetlab train bundled` learns from.
 
 `AugmentedCrops`  PhotoCrops whose training crops are turned, sheared, recoloured and made noisy
 

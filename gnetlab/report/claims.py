@@ -98,6 +98,31 @@ def _higher_only(m: Mapping[str, Any]) -> Judgement:
     return NOT_SUPPORTED, facts
 
 
+def _correlated(m: Mapping[str, Any]) -> Judgement:
+    beyond = [
+        stage for stage, p in m["p"].items() if p <= 0.01 and m["z"][stage] > m["z_random"][stage]
+    ]
+    facts = (
+        f"channels of one branch correlate more than by chance, and more clearly than in a random "
+        f"network, in {len(beyond)} of {len(m['p'])} modules ({', '.join(beyond) or 'none'}); "
+        f"agreement of clusters with branches (adjusted Rand index) at most {m['rand_index']:.2f}"
+    )
+    if len(beyond) >= 7 * len(m["p"]) / 9:
+        return SUPPORTED, facts
+    return (DEPENDS if beyond else NOT_SUPPORTED), facts
+
+
+def _locality(m: Mapping[str, Any]) -> Judgement:
+    facts = (
+        "rank correlation with height of the share of 3x3 and 5x5: "
+        f"{m['channel_trend']:+.2f} for output channels, {m['energy_trend']:+.2f} for energy"
+    )
+    grows = [m["channel_trend"] >= 0.5, m["energy_trend"] >= 0.5]
+    if all(grows):
+        return SUPPORTED, facts
+    return (DEPENDS if any(grows) else NOT_SUPPORTED), facts
+
+
 def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     ratios = m["ratios"]
     helped = [name for name, ratio in ratios.items() if ratio >= 2]
@@ -224,6 +249,38 @@ CLAIMS: dict[str, Claim] = {
                 "mac_ratio": "multiply-adds of a training step, Inception stem over plain",
             },
             _higher_only,
+        ),
+        Claim(
+            "locality",
+            "1x1 units catch local clusters; the share of 3x3 and 5x5 grows with height.",
+            f"{_PAPER}, section 4",
+            "02_branch_activations",
+            "How do the branches share the work?",
+            "the share of the 3x3 and 5x5 branches in a module's output channels and in its energy "
+            "both rise with height, with a rank correlation of at least 0.5 over the nine modules; "
+            "depends if one does",
+            {
+                "channel_trend": "rank correlation of height and the share of output channels",
+                "energy_trend": "rank correlation of height and the share of energy",
+            },
+            _locality,
+        ),
+        Claim(
+            "correlated",
+            "Units of a layer cluster by correlation, and the branches follow the clusters.",
+            f"{_PAPER}, section 3, after Arora et al., arXiv 1310.6343",
+            "02_branch_activations",
+            "Do the branches follow the correlations?",
+            "in at least 7 of 9 modules of a trained network channels of one branch correlate more "
+            "than permuted ones (p <= 0.01), by more standard deviations than in a random network; "
+            "depends if in some",
+            {
+                "p": "stage -> share of permutations that reach the difference",
+                "z": "stage -> the difference in standard deviations of permuted ones",
+                "z_random": "stage -> the same for a random network",
+                "rand_index": "largest adjusted Rand index of clusters and branches",
+            },
+            _correlated,
         ),
         Claim(
             "aux-gradient",

@@ -1,0 +1,144 @@
+"""Do the units of a layer cluster by correlation, and do the branches follow the clusters?
+
+`branch_correlation()`  correlation of channels within and between branches, against chance
+
+Section 3 of the paper takes from Arora et al. 2013 (arXiv 1310.6343) that a layer's units should
+be grouped by the correlation of what they put out; a branch is such a group, built in beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from gnetlab.measure.hooks import in_mode, record
+from gnetlab.net.model import GoogLeNet, Inception
+
+
+class _Moments(NamedTuple):
+    count: int
+    total: Tensor  # C
+    products: Tensor  # C x C
+
+
+def _accumulate(moments: _Moments | None, maps: Tensor) -> _Moments:
+    values = maps.transpose(0, 1).flatten(1).float()
+    # Half precision would overflow, and float32 sums over all images would lose digits.
+    new = _Moments(values.shape[1], values.sum(1).double(), (values @ values.T).double())
+    if moments is None:
+        return new
+    return _Moments(*(a + b for a, b in zip(moments, new, strict=True)))
+
+
+def branch_correlation(
+    model: GoogLeNet,
+    batches: Tensor | Iterable[Tensor],
+    *,
+    permutations: int = 500,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Correlation of the channels of every Inception module, one row per module.
+
+    batches       images, N x C x H x W each; correlations are over images and positions
+    permutations  of the channels among the branches, for what chance alone would give
+
+    Columns: `module`, `stage`, `channels` (that vary at all), `within`, `between` (mean absolute
+    correlation of two channels of the same branch, of different ones), `difference`, `z` (of the
+    difference, in standard deviations of the permuted ones), `p` (share of permutations, itself
+    included, that reach it), `rand_index` (adjusted, of as many clusters as branches by average
+    linkage, against the branches: 1 is equal, 0 is chance), `values` (per channel).
+
+    The pool branch repeats what its input has, whatever the weights: compare with a random network.
+    The model runs in eval mode. Raises ValueError for a network that is not gnetlab's.
+    """
+    if not isinstance(model, GoogLeNet):
+        raise ValueError(f"{type(model).__name__} is not gnetlab's GoogLeNet")
+    modules = {n: m for n, m in model.named_children() if isinstance(m, Inception)}
+    evaluating = in_mode(model, training=False)
+    with evaluating, torch.no_grad(), record(model, modules, reduce=_accumulate) as moments:
+        for batch in [batches] if isinstance(batches, Tensor) else batches:
+            model(batch)
+    random = np.random.default_rng(seed)
+    rows = []
+    for name, module in modules.items():
+        correlation, varies = _correlation(moments[name])
+        branch = np.concatenate(
+            [[i] * (s.stop - s.start) for i, s in enumerate(module.branch_slices.values())]
+        )[varies]
+        rows.append(
+            {
+                "module": name,
+                "stage": name.removeprefix("inception"),
+                "channels": int(varies.sum()),
+                **_against_chance(np.abs(correlation), branch, permutations, random),
+                "rand_index": _rand_index(_clusters(correlation, len(set(branch))), branch),
+                "values": moments[name].count,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _correlation(moments: _Moments) -> tuple[np.ndarray, np.ndarray]:
+    """Matrix over the channels that vary, and which those are."""
+    mean = moments.total / moments.count
+    covariance = (moments.products / moments.count - torch.outer(mean, mean)).cpu().numpy()
+    variance = np.diag(covariance)
+    varies = variance > 1e-12 * max(variance.max(), 1e-300)
+    deviation = np.sqrt(variance[varies])
+    return (covariance[np.ix_(varies, varies)] / np.outer(deviation, deviation)), varies
+
+
+def _against_chance(
+    strength: np.ndarray, branch: np.ndarray, permutations: int, random: np.random.Generator
+) -> dict[str, float]:
+    """Within and between branches, and how unusual the difference is."""
+    groups = np.eye(branch.max() + 1)[branch]  # channel x branch
+    size = groups.sum(0)
+    pairs_within = (size * (size - 1)).sum()
+    pairs_between = size.sum() ** 2 - (size**2).sum()
+    off_diagonal = strength - np.diag(np.diag(strength))
+    whole = off_diagonal.sum()
+
+    def means(members: np.ndarray) -> tuple[float, float]:
+        inside = np.einsum("ib,ij,jb->", members, off_diagonal, members, optimize=True)
+        return inside / pairs_within, (whole - inside) / pairs_between
+
+    within, between = means(groups)
+    chance = np.array(
+        [np.subtract(*means(random.permutation(groups))) for _ in range(permutations)]
+    )
+    difference = within - between
+    return {
+        "within": within,
+        "between": between,
+        "difference": difference,
+        "z": (difference - chance.mean()) / chance.std(),
+        "p": (1 + (chance >= difference).sum()) / (1 + permutations),
+    }
+
+
+def _clusters(correlation: np.ndarray, count: int) -> np.ndarray:
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = np.clip(1 - np.abs(correlation), 0, None)
+    np.fill_diagonal(distance, 0)
+    return fcluster(linkage(squareform(distance, checks=False), "average"), count, "maxclust")
+
+
+def _rand_index(clusters: np.ndarray, branch: np.ndarray) -> float:
+    """Adjusted Rand index (Hubert and Arabie 1985): pairs that both put together, over chance."""
+    table = pd.crosstab(clusters, branch).to_numpy().astype(float)
+
+    def pairs(counts: np.ndarray) -> float:
+        return float((counts * (counts - 1) / 2).sum())
+
+    rows, columns = pairs(table.sum(1)), pairs(table.sum(0))
+    expected = rows * columns / pairs(np.array([table.sum()]))
+    largest = (rows + columns) / 2
+    return (pairs(table) - expected) / (largest - expected) if largest != expected else 0.0
