@@ -20,6 +20,15 @@ def test_conv1_starts_small():
     assert model.architecture.norm == "batch"
 
 
+def test_weight_decay_spares_batch_norm():
+    names = [name for name, _ in bundled.start(0).named_parameters()]
+    decays = {name: bundled.weight_decay(name) for name in names}
+    assert decays["conv1.conv.weight"] == 4e-3
+    assert decays["inception3a.branch3x3.conv.conv.weight"] == decays["fc.weight"] == 5e-4
+    assert all(decays[name] == 0 for name in names if ".bn." in name or name.endswith("bias"))
+    assert sum(decay > 0 for decay in decays.values()) == 58
+
+
 def test_low_frequencies_of_noise_and_of_edges():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 64, 7)

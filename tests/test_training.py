@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gnetlab as gl
+from gnetlab.measure import training
 from gnetlab.measure.training import compare, escape_steps, evaluate, train
 
 COLUMNS = ["step", "split", "source", "loss", "accuracy"]
@@ -118,6 +119,7 @@ def test_heads_are_told_apart_by_name():
     ("ours", "sgd"),
     [
         ({}, {"lr": 0.05, "momentum": 0.9}),
+        ({"nesterov": True}, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
         ({"learning_rate": 0.2, "momentum": 0.0, "clip": 0.5}, {"lr": 0.2}),
         (
             {"weight_decay": 0.1, "head_weight": 1.0},
@@ -141,6 +143,32 @@ def test_it_is_plain_sgd_on_the_weighted_losses(ours, sgd):
             optimizer.step()
     for key, value in model.state_dict().items():
         torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_can_depend_on_the_name():
+    def after_one_step(weight_decay):
+        model = small()
+        before = model.conv1.conv.weight.detach().clone()
+        train(model, Blobs(), steps=1, batch_size=4, learning_rate=0.1, weight_decay=weight_decay,
+              progress=False)  # fmt: skip
+        return model, before
+
+    plain, _ = after_one_step(0.0)
+    chosen, before = after_one_step(lambda name: 0.5 if name == "conv1.conv.weight" else 0.0)
+    difference = plain.conv1.conv.weight - chosen.conv1.conv.weight
+    torch.testing.assert_close(difference, 0.1 * 0.5 * before, rtol=1e-4, atol=1e-6)
+    assert torch.equal(plain.conv2.conv.weight, chosen.conv2.conv.weight)
+
+
+def test_the_cosine_scales_the_learning_rate_of_every_group(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "_cosine", lambda *place: asked.append(place) or 0.0)
+    model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, Blobs(), steps=2, batch_size=4, learning_rate=0.1, cosine=True, progress=False,
+          weight_decay=lambda name: 0.1 if "conv1" in name else 0.0)  # fmt: skip
+    assert asked == [(0, 2), (1, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_equal_seeds_give_equal_results():

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def train(
     batch_size: int = 32,
     learning_rate: float = 0.05,
     momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    weight_decay: float | Callable[[str], float] = 0.0,
     nesterov: bool = False,
     cosine: bool = False,
     clip: float | None = None,
@@ -55,6 +55,7 @@ def train(
     """Train `model` in place, on its own device, and return its metrics.
 
     data             a data set of `gnetlab.net.data` on the same device
+    weight_decay     for all parameters, or a function of a parameter's dotted name
     nesterov         Nesterov's momentum
     cosine           let the learning rate rise over the first 2% of the steps, then fall to 0 as
                      half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)
@@ -76,9 +77,8 @@ def train(
     if channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
-        model.parameters(), learning_rate, momentum=momentum, weight_decay=weight_decay,
-        nesterov=nesterov,
-    )  # fmt: skip
+        _groups(model, weight_decay), learning_rate, momentum=momentum, nesterov=nesterov
+    )
     path = Path(checkpoint) if checkpoint else None
     records: list[dict[str, Any]] = []
     start = 0
@@ -92,7 +92,9 @@ def train(
         for step in bar:
             model.train()
             if cosine:
-                optimizer.param_groups[0]["lr"] = learning_rate * _cosine(step, steps)
+                rate = learning_rate * _cosine(step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
             images, labels = data.train_batch(step, batch_size, seed)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -183,6 +185,15 @@ def escape_steps(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> pd
             }
         )
     return pd.DataFrame(rows).astype({"escape_step": "Int64"})
+
+
+def _groups(model: nn.Module, weight_decay: float | Callable[[str], float]) -> list[dict[str, Any]]:
+    """Parameters by weight decay, as the optimizer takes them."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = weight_decay(name) if callable(weight_decay) else weight_decay
+        groups.setdefault(decay, []).append(parameter)
+    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
 
 def _cosine(step: int, steps: int) -> float:
