@@ -1,7 +1,9 @@
 """Every count by a second route: torch's FlopCounterMode, fvcore, autograd, or by hand."""
 
+import gc
 import math
 import threading
+import weakref
 
 import pandas as pd
 import pytest
@@ -311,6 +313,16 @@ def test_layers_that_drop_at_random_draw_nothing(engine):
     before = torch.get_rng_state()
     layer_costs(model, (3, 4, 4), training=True, engine=engine)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+def test_a_counted_model_can_be_forgotten(engine):
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+    gone = weakref.ref(model)
+    layer_costs(model, (3, 4, 4), engine=engine)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_models_in_inference_mode_are_counted():

@@ -475,6 +475,8 @@ def _run(model: nn.Module, input_size: Shape, training: bool, on_meta: bool) -> 
             stack.enter_context(in_mode(model, training))
         stack.enter_context(torch.no_grad())
         stack.enter_context(intercept(trace.paths, trace.call))
+        # Taken back afterwards: what stays here would keep the model alive.
+        stack.callback(setattr, _LOCAL, "trace", getattr(_LOCAL, "trace", None))
         _LOCAL.trace = trace
         if not on_meta:
             model(trace.emit(shape, None))

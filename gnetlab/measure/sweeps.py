@@ -123,7 +123,7 @@ def closed_form(
     side      of the square image, pixels
     modules   other widths for some Inception modules: stage -> `Widths` (not multiplied by `width`)
 
-    Columns: `stage`, `branch`, `macs`, `parameters` (counts). Takes about 0.2 ms.
+    Columns: `stage`, `branch`, `macs`, `parameters` (counts). Takes about 0.3 ms.
 
     >>> int(closed_form("cifar", 32).parameters.sum())
     6166250
