@@ -43,7 +43,10 @@ def branch_ablation(
     if wrong or not kinds:
         raise ValueError(f"kinds={kinds!r} asked; choose from {', '.join(KINDS)}")
     if not isinstance(model, GoogLeNet):
-        raise ValueError(f"{type(model).__name__} is not gnetlab's GoogLeNet")
+        raise ValueError(
+            f"{type(model).__name__} is not gnetlab's GoogLeNet; load torchvision's weights into "
+            "gnetlab.googlenet('torchvision') instead"
+        )
     batches = [(images, labels) for images, labels in batches if len(labels)]
     if not batches:
         raise ValueError("no images to remove branches on; give batches of images and labels")

@@ -57,7 +57,10 @@ def branch_correlation(
     The model runs in eval mode. Raises ValueError for a network that is not gnetlab's.
     """
     if not isinstance(model, GoogLeNet):
-        raise ValueError(f"{type(model).__name__} is not gnetlab's GoogLeNet")
+        raise ValueError(
+            f"{type(model).__name__} is not gnetlab's GoogLeNet; load torchvision's weights into "
+            "gnetlab.googlenet('torchvision') instead"
+        )
     modules = {n: m for n, m in model.named_children() if isinstance(m, Inception)}
     evaluating = in_mode(model, training=False)
     with evaluating, torch.no_grad(), record(model, modules, reduce=_accumulate) as moments:
