@@ -10,7 +10,7 @@ from gnetlab.net.data import PhotoCrops
 
 @pytest.fixture(scope="module")
 def crops():
-    return AugmentedCrops(sizes=((0.5, 32), (1.0, 48)), steps=10)
+    return AugmentedCrops(size=32, quarters=True)
 
 
 def test_batches_depend_on_step_size_and_seed_alone(crops):
@@ -27,41 +27,49 @@ def test_batches_depend_on_step_size_and_seed_alone(crops):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_crops_grow_while_training_goes_on(crops):
-    sides = [crops.train_batch(step, 2)[0].shape[-1] for step in (0, 4, 5, 9, 12)]
-    assert sides == [32, 32, 48, 48, 48]
-
-
-def test_test_crops_are_those_of_photocrops(crops):
+@pytest.mark.parametrize("quarters", [True, False])
+def test_test_crops_are_those_of_photocrops(quarters):
     plain = next(PhotoCrops(size=48, scale=(40, 180)).test_batches(16))
-    ours = next(crops.test_batches(16))
+    ours = next(AugmentedCrops(size=48, quarters=quarters).test_batches(16))
     assert torch.equal(plain[0], ours[0])
-    assert torch.equal(plain[1], ours[1])
+    assert torch.equal(4 * plain[1] if quarters else plain[1], ours[1])
+
+
+def test_classes_are_photographs_or_photographs_and_quarter_turns(crops):
+    plain = AugmentedCrops(size=32)
+    assert len(crops.classes) == 64
+    assert crops.classes[9] == f"{plain.classes[2]}, a quarter turned"
+    labels = crops.train_batch(0, 4000)[1]
+    assert labels.bincount(minlength=64).min() > 30  # of 62
+    assert plain.train_batch(0, 4000)[1].bincount(minlength=16).min() > 190  # of 250
 
 
 def test_every_pixel_comes_from_the_training_region(crops):
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16).repeat(40)
-    grid = crops._grid(labels, 32, generator).view(len(labels), 32, 32, 2)
+    quarter = torch.arange(4).repeat(160)
+    grid = crops._grid(labels, quarter, generator).view(len(labels), 32, 32, 2)
     high, wide = crops._atlas.shape[2:]
     rows, columns = (grid[..., 1] + 1) * high / 2, (grid[..., 0] + 1) * wide / 2
     for i, label in enumerate(labels.tolist()):
         fits = []
         for level, (origin, _, _) in enumerate(crops._places[label]):
-            top, left, height, width = (v / 2**level for v in crops.regions("train", label))
-            fits.append(
-                rows[i].min() >= origin + top - 0.01
-                and rows[i].max() <= origin + top + height + 0.01
-                and columns[i].min() >= 1 + left - 0.01
-                and columns[i].max() <= 1 + left + width + 0.01
-            )
+            for part in crops.regions("train", label):
+                top, left, height, width = (v / 2**level for v in part)
+                fits.append(
+                    rows[i].min() >= origin + top - 0.01
+                    and rows[i].max() <= origin + top + height + 0.01
+                    and columns[i].min() >= 1 + left - 0.01
+                    and columns[i].max() <= 1 + left + width + 0.01
+                )
         assert any(fits), crops.classes[label]
 
 
 def test_crops_are_turned_and_mirrored_but_not_torn(crops):
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(400, dtype=torch.long)
-    grid = crops._grid(labels, 8, generator).view(400, 8, 8, 2)
+    quarter = torch.arange(4).repeat(100)
+    grid = crops._grid(labels, quarter, generator).view(400, 32, 32, 2)
     high, wide = crops._atlas.shape[2:]
     pixels = torch.stack([grid[..., 0] * wide / 2, grid[..., 1] * high / 2], dim=-1)
     right, down = pixels[:, 0, 1] - pixels[:, 0, 0], pixels[:, 1, 0] - pixels[:, 0, 0]
@@ -72,8 +80,15 @@ def test_crops_are_turned_and_mirrored_but_not_torn(crops):
     assert 1.25 < ratio.max() < 1.35
     turning = right[:, 0] * down[:, 1] - right[:, 1] * down[:, 0]
     assert 0.4 < (turning > 0).float().mean() < 0.6
-    degrees = torch.rad2deg(torch.atan2(down[:, 0], down[:, 1])) % 90
-    assert ((degrees < 25.5) | (degrees > 64.5)).all()
+    degrees = torch.rad2deg(torch.atan2(down[:, 0], down[:, 1]))
+    off = (degrees - 90 * (degrees / 90).round()).abs()
+    assert 20 < off.max() < 25.5
+    turns = ((degrees / 90).round() % 4).view(100, 4)  # the label says by which quarter
+    assert (turns == turns[0]).all()
+    assert sorted(turns[0].tolist()) == [0, 1, 2, 3]
+    upright = crops._grid(labels, torch.zeros(400, dtype=torch.long), generator)
+    upright = upright.view(400, 32, 32, 2)
+    assert (upright[:, 1, 0, 1] > upright[:, 0, 0, 1]).all()  # down is down
 
 
 def test_colours_change_and_grey_stays_about_grey():

@@ -23,7 +23,7 @@ def test_conv1_starts_small():
 def test_weight_decay_spares_batch_norm():
     names = [name for name, _ in bundled.start(0).named_parameters()]
     decays = {name: bundled.weight_decay(name) for name in names}
-    assert decays["conv1.conv.weight"] == 4e-3
+    assert decays["conv1.conv.weight"] == 1e-2
     assert decays["inception3a.branch3x3.conv.conv.weight"] == decays["fc.weight"] == 5e-4
     assert all(decays[name] == 0 for name in names if ".bn." in name or name.endswith("bias"))
     assert sum(decay > 0 for decay in decays.values()) == 58
@@ -41,15 +41,30 @@ def test_low_frequencies_of_noise_and_of_edges():
     assert bundled.low_frequency_energy(conv) < 0.1
 
 
+def model_classes(path):
+    return len(torch.load(path, weights_only=True)["model"]["fc.bias"])
+
+
+def test_photographs_are_told_without_their_turns():
+    fc = nn.Linear(3, 8)
+    features = torch.randn(5, 3)
+    expected = fc(features).unflatten(1, (2, 4)).mean(2)
+    bundled._pool_classes(fc)
+    assert fc.out_features == 2
+    torch.testing.assert_close(fc(features), expected)
+
+
 def test_a_short_training_writes_weights_and_their_card(tmp_path, monkeypatch):
-    small = bundled.RECIPE | {"batch_size": 4, "sizes": [[1.0, 32]]}
+    phases = [phase | {"size": 32} for phase in bundled.RECIPE["phases"]]
+    small = bundled.RECIPE | {"batch_size": 4, "phases": phases}
     monkeypatch.setattr(bundled, "RECIPE", small)
     monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.5})
     path = tmp_path / "new" / "weights.safetensors"
     card = bundled.train_bundled(path, steps=2, progress=False)
     assert json.loads(path.with_suffix(".json").read_text()) == card
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert card["recipe"]["steps"] == 2
+    assert [phase["steps"] for phase in card["recipe"]["phases"]] == [2, 2]
+    assert model_classes(tmp_path / "new" / "weights.phase1.pt") == 64
     assert path.stat().st_size < 14e6
     model = gl.googlenet("paper", norm="batch", aux=False, num_classes=16, weights=path)
     assert model.conv1.conv.weight.dtype == torch.float32

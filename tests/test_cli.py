@@ -132,7 +132,7 @@ def test_info_says_what_is_here(run):
 def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypatch):
     from gnetlab.measure import bundled
 
-    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4, "sizes": [[1.0, 32]]})
+    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4})
     monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.125})
     path = tmp_path / "w.safetensors"
     result = run("train", "bundled", "--output", str(path), "--steps", "1", "--device", "cpu")

@@ -10,7 +10,7 @@ arXiv 1904.13132.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,44 +22,51 @@ from gnetlab.net.data import DEVIATION, MEAN, PhotoCrops
 class AugmentedCrops(PhotoCrops):
     """`PhotoCrops` with strong augmentation of the training crops; the test crops are as they are.
 
-    A training crop is a square turned by a multiple of 90 degrees and up to 25 more, of an aspect
+    A training crop is a square turned by up to 25 degrees, on demand by quarters too, of an aspect
     ratio of up to 4:3, mirrored in half of the cases; its colours are mixed by a random matrix near
     the identity, its contrast and brightness changed, a fifth of them grey, and noise is added.
-    All of a crop lies inside the training region of its photograph.
+    All of a crop lies inside a training region of its photograph.
 
-    sizes   (share of the steps, side in pixels): the crops' side grows while training goes on
-    steps   of the whole training
+    quarters   the class is the photograph and the quarter turn (64 classes: 4 * photograph +
+               quarter), or the photograph alone, which is then not turned by quarters (16)
     """
 
     def __init__(
         self,
         *,
-        sizes: Sequence[tuple[float, int]] = ((1.0, 64),),
-        steps: int = 1,
+        size: int = 64,
         scale: tuple[int, int] = (40, 180),
+        quarters: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(size=sizes[-1][1], scale=scale, device=device)
-        self._sizes, self._steps = sizes, steps
+        super().__init__(size=size, scale=scale, device=device)
+        self.quarters = quarters
+        if quarters:
+            turns = ("upright", "a quarter turned", "upside down", "three quarters turned")
+            self.classes = tuple(f"{name}, {turn}" for name in self.classes for turn in turns)
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Images (batch_size x 3 x side x side) and labels (batch_size) on the device."""
-        side = next((size for share, size in self._sizes if step < share * self._steps),
-                    self._sizes[-1][1])  # fmt: skip
+        """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        labels = torch.randint(len(self.classes), (batch_size,), generator=generator)
-        grid = self._grid(labels, side, generator)
+        labels = torch.randint(len(self._places), (batch_size,), generator=generator)
+        quarter = torch.randint(4 if self.quarters else 1, (batch_size,), generator=generator)
+        grid = self._grid(labels, quarter, generator)
         pixels = F.grid_sample(self._atlas, grid.to(self.device), align_corners=False)
-        images = pixels.view(3, batch_size, side, side).transpose(0, 1)
+        images = pixels.view(3, batch_size, self.size, self.size).transpose(0, 1)
+        labels = 4 * labels + quarter if self.quarters else labels
         return recolour(images, generator), labels.to(self.device)
 
-    def _grid(self, labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+        """The fixed test set of `PhotoCrops`: neither turned nor recoloured."""
+        for images, labels in super().test_batches(batch_size):
+            yield images, 4 * labels if self.quarters else labels
+
+    def _grid(self, labels: Tensor, quarter: Tensor, generator: torch.Generator) -> Tensor:
         """Where in the atlas each pixel is read: 1 x (batch * size) x size x 2."""
-        count = len(labels)
+        count, size = len(labels), self.size
         random = torch.rand(7, count, generator=generator)
-        regions = torch.tensor([self.regions("train", i) for i in range(len(self.classes))])
-        top, left, height, width = regions[labels].float().unbind(1)
-        angle = (random[0] * 2 - 1) * math.radians(25) + (random[1] * 4).floor() * math.pi / 2
+        top, left, height, width = self._regions("train", labels, random[1]).float().unbind(1)
+        angle = (random[0] * 2 - 1) * math.radians(25) + quarter * math.pi / 2
         aspect = (4 / 3) ** (random[2] - 0.5)  # of the sides, their product stays
         low, high = self.scale
         # The turned square needs this much more room than its side.

@@ -168,16 +168,17 @@ def load(
 class PhotoCrops:
     """Which photograph is this crop from? 16 classes, 3 channels, always available.
 
-    Training and test crops come from disjoint regions: the first 70% and, after a gap of 4 px, the
-    rest of a photograph's longer side. A crop is a square of 48 to 160 px of the photograph (those
-    larger than 512 px are reduced first), half of them mirrored, resized to size x size.
+    Training and test crops come from disjoint regions: test crops from the middle fifth of a
+    photograph's longer side, training crops from both sides of it, with gaps of 8 px. A crop is a
+    square of 48 to 160 px of the photograph (those larger than 512 px are reduced first), smaller
+    where its region is, half of them mirrored, resized to size x size.
 
     All crops of a batch are cut by one `grid_sample` on the device, out of an atlas that holds
     every photograph at full, half and quarter resolution: a crop reads from the level nearest to
     its own reduction, which keeps aliasing low.
     """
 
-    TRAIN_SHARE = 0.7
+    TEST_SHARE = 0.2
     LARGEST = 512
 
     def __init__(
@@ -204,23 +205,29 @@ class PhotoCrops:
         for part in zip(*(drawn.split(batch_size) for drawn in whole), strict=True):
             yield self._cut(*part)
 
-    def regions(self, split: str, photograph: int) -> tuple[float, float, float, float]:
-        """Top, left, height, width in pixels of what `split` may see of a photograph."""
+    def regions(self, split: str, photograph: int) -> list[tuple[int, int, int, int]]:
+        """Top, left, height, width in pixels of the parts of a photograph that `split` may see."""
         _, height, width = self._places[photograph][0]
         long, short = max(height, width), min(height, width)
-        cut = round(long * self.TRAIN_SHARE)
-        gap = 4  # a pixel of the lowest resolution covers 4: no crop sees across the cut
-        start, extent = (0, cut) if split == "train" else (cut + gap, long - cut - gap)
-        return (start, 0, extent, short) if height >= width else (0, start, short, extent)
+        first, last = (round(long * (1 + sign * self.TEST_SHARE) / 2) for sign in (-1, 1))
+        gap = 8  # reducing to a quarter mixes pixels up to 4 away: no crop sees across
+        spans = [(0, first - gap), (last + gap, long)] if split == "train" else [(first, last)]
+        if height >= width:
+            return [(start, 0, end - start, short) for start, end in spans]
+        return [(0, start, short, end - start) for start, end in spans]
+
+    def _regions(self, split: str, labels: Tensor, random: Tensor) -> Tensor:
+        """One part, chosen by `random` in [0, 1), of each labelled photograph: count x 4."""
+        parts = torch.tensor([self.regions(split, i) for i in range(len(self._places))])
+        return parts[labels, (random * parts.shape[1]).long()]
 
     def _draw(self, split: str, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Labels, squares (top, left, side in pixels of the photograph) and whether mirrored."""
         # Drawn on the CPU, so that every device sees the same crops.
         generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(len(self.classes), (count,), generator=generator)
-        random = torch.rand(4, count, generator=generator)
-        regions = torch.tensor([self.regions(split, i) for i in range(len(self.classes))])
-        top, left, height, width = regions[labels].unbind(1)
+        labels = torch.randint(len(self._places), (count,), generator=generator)
+        random = torch.rand(5, count, generator=generator)
+        top, left, height, width = self._regions(split, labels, random[4]).unbind(1)
         low, high = self.scale
         side = (low + random[0] * (high - low)).minimum(torch.minimum(height, width))
         top, left = top + random[1] * (height - side), left + random[2] * (width - side)
