@@ -6,14 +6,24 @@ import pytest
 import torch
 
 import gnetlab as gl
-from gnetlab.measure.attribution import attribution_shares, branch_attribution, by_stage
+from gnetlab.measure.attribution import (
+    attribution_shares,
+    branch_attribution,
+    by_stage,
+    image_attribution,
+)
 from gnetlab.measure.hooks import record
 
-METHODS = ("gradient_x_activation", "grad_cam")
+METHODS = ("gradient_x_activation", "grad_cam", "conductance")
 
 
 def small():
     model = gl.googlenet("torchvision", width=0.1, num_classes=5, seed=0, init="kaiming")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # without biases the gradient would be the same all along a path
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.double()
 
 
@@ -37,13 +47,18 @@ def maps(images, method):
 
 
 def test_maps_equal_captums_layer_by_layer(maps, images, method):
-    from captum.attr import LayerGradCam, LayerGradientXActivation
+    from captum.attr import LayerConductance, LayerGradCam, LayerGradientXActivation
 
     model, seen = small().eval(), 0
     for name in gl.branch_names(model):
         layer = model.get_submodule(name)
         if method == "grad_cam":
             expected = LayerGradCam(model, layer).attribute(images, TARGETS)[:, 0].clamp(min=0)
+        elif method == "conductance":
+            # Captum's default path, Gauss-Legendre's, leaves out both of its ends.
+            options = {"n_steps": 20, "method": "riemann_trapezoid"}
+            expected = LayerConductance(model, layer).attribute(images, target=TARGETS, **options)
+            expected = expected.sum(1)
         else:
             expected = LayerGradientXActivation(model, layer).attribute(images, TARGETS).sum(1)
         expected = expected.detach()
@@ -55,6 +70,8 @@ def test_maps_equal_captums_layer_by_layer(maps, images, method):
 
 @pytest.mark.parametrize("name", ["inception3a.branch5x5", "inception4c.branch_pool"])
 def test_maps_equal_autograds(maps, images, method, name):
+    if method == "conductance":
+        pytest.skip("no one pass gives it; Captum's is the oracle")
     model, kept = small().eval(), []
     model.get_submodule(name).register_forward_hook(lambda *call: kept.append(call[-1]))
     logits = model(images)[range(3), TARGETS]
@@ -90,7 +107,8 @@ def test_shapes_are_the_branches_own(maps, images):
 
 def test_grad_cam_cuts_negative_parts_off(images):
     name = "inception4a.branch3x3"
-    signed, cut = (branch_attribution(small(), images, 0, names=[name], method=m) for m in METHODS)
+    methods = METHODS[:2]
+    signed, cut = (branch_attribution(small(), images, 0, names=[name], method=m) for m in methods)
     assert signed[name].min() < 0
     assert cut[name].min() == 0 < cut[name].max()
 
@@ -132,7 +150,7 @@ def test_an_unknown_name_is_an_error(images):
 
 def test_an_unknown_method_is_an_error(images):
     model = small()
-    with pytest.raises(ValueError, match="'saliency' asked; choose 'gradient_x_activation' or"):
+    with pytest.raises(ValueError, match="'saliency' asked; choose 'gradient_x_activation',"):
         branch_attribution(model, images, method="saliency")
     assert model.training
 
@@ -166,7 +184,10 @@ def test_neither_no_grad_nor_frozen_weights_matter(maps, images, method):
 
 def test_shares_sum_to_one_in_absolute_value(maps):
     shares = attribution_shares(maps)
-    assert list(shares.columns) == ["module", "stage", "branch", "attribution", "share"]
+    columns = ["module", "stage", "branch", "attribution", "share"]
+    if maps.difference is not None:
+        columns.append("completeness")
+    assert list(shares.columns) == columns
     assert shares.index.equals(pd.RangeIndex(36))
     assert shares.module.tolist() == list(maps)
     np.testing.assert_allclose(shares.share.abs().groupby(shares.stage).sum(), 1, rtol=1e-12)
@@ -208,3 +229,60 @@ def test_one_name_or_none_at_all(images):
     name = "inception3a.branch1x1"
     assert list(branch_attribution(small(), images, names=name)) == [name]
     assert len(branch_attribution(small(), images, names=[])) == 36
+
+
+def test_conductance_shares_out_the_logits_difference(images):
+    model = small().eval()
+    maps = branch_attribution(model, images, TARGETS, method="conductance", steps=200)
+    logits = [model(x)[range(3), TARGETS] for x in (images, torch.zeros_like(images))]
+    expected = (logits[0] - logits[1]).detach().numpy()
+    np.testing.assert_allclose(maps.difference, expected, rtol=1e-9)
+    np.testing.assert_array_equal(maps.targets, TARGETS)
+    shares = attribution_shares(maps)
+    np.testing.assert_allclose(shares.completeness, 1, atol=0.05)
+    coarse = attribution_shares(
+        branch_attribution(model, images, TARGETS, method="conductance", steps=3)
+    )
+    worst = [(frame.completeness - 1).abs().max() for frame in (shares, coarse)]
+    assert worst[0] < worst[1]
+    by_hand = sum(
+        maps[f"inception4b.branch{b}"].sum((1, 2)) for b in ("1x1", "3x3", "5x5", "_pool")
+    )
+    assert shares[shares.stage == "4b"].completeness.iloc[0] == pytest.approx(
+        by_hand.mean() / expected.mean()
+    )
+
+
+def test_a_path_needs_a_step(images):
+    with pytest.raises(ValueError, match="steps=0 asked"):
+        branch_attribution(small(), images, method="conductance", steps=0)
+
+
+def test_integrated_gradients_add_up_to_the_logits_difference(images):
+    model = small()
+    found = image_attribution(model, images, TARGETS, steps=128)
+    assert found.shape == (3, 48, 48)
+    assert found.dtype == np.float32
+    assert model.training
+    model.eval()
+    logits = [model(x)[range(3), TARGETS] for x in (images, torch.zeros_like(images))]
+    expected = (logits[0] - logits[1]).detach().numpy()
+    error = np.abs(found.sum((1, 2)) - expected).max()
+    assert error < 0.05 * np.abs(expected).max()
+    few = image_attribution(model, images, TARGETS, steps=2).sum((1, 2))
+    assert np.abs(few - expected).max() > 2 * error
+
+
+def test_occlusion_by_hand(images):
+    model = small().eval()
+    found = image_attribution(model, images[:1], 4, method="occlusion", window=24)
+    hidden = images[:1].clone()
+    hidden[..., :24, :24] = 0
+    lost = (model(images[:1]) - model(hidden))[0, 4]
+    # Only the window in the corner covers the outermost pixels there, with all three colours.
+    assert found[0, 0, 0] == pytest.approx(3 * lost.item(), rel=1e-5)
+
+
+def test_an_unknown_image_method_is_an_error(images):
+    with pytest.raises(ValueError, match="'saliency' asked; choose 'integrated_gradients' or"):
+        image_attribution(small(), images, method="saliency")
