@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 import gnetlab as gl
-from gnetlab.measure.activations import branch_statistics, liveliest_channels, per_branch
+from gnetlab.measure import activations
+from gnetlab.measure.activations import (
+    add_moments,
+    branch_statistics,
+    branch_summary,
+    liveliest_channels,
+    random_control,
+)
 from gnetlab.measure.hooks import record
 from gnetlab.net.architecture import Widths, architecture
 from gnetlab.net.model import BRANCHES, Inception
@@ -198,20 +205,20 @@ def test_sums_over_many_batches_lose_no_small_batch():
 
 
 @pytest.fixture(scope="module")
-def branches(statistics):
-    return per_branch(statistics)
+def branches(batches):
+    return branch_summary(small(), batches)
 
 
-def test_per_branch_is_as_documented(branches):
+def test_summary_is_as_documented(branches):
     assert set(branches.columns) == {
         "module", "stage", "branch", "channels", "energy_share", "channel_share", "energy_ratio",
-        "zero_fraction", "dead",
+        "zero_fraction", "dead", "effective_rank", "rank_share",
     }  # fmt: skip
     assert branches.index.equals(pd.RangeIndex(36))
     assert branches.module.tolist() == gl.branch_names(small())
 
 
-def test_per_branch_sums_up(branches, maps):
+def test_summary_sums_up(branches, maps):
     by_module = branches.set_index("module")
     for stage in branches.stage.unique():
         module = f"inception{stage}"
@@ -236,10 +243,60 @@ def test_dead_channels_are_counted():
         model.inception3a.branch1x1.conv.weight[:3] = -1
         model.inception3a.branch1x1.conv.weight[3] = 1
         model.inception3a.branch1x1.conv.bias.zero_()
-    frame = per_branch(branch_statistics(model, torch.ones(1, 2, 8, 8))).set_index("branch")
+    frame = branch_summary(model, torch.ones(1, 2, 8, 8)).set_index("branch")
     assert frame.dead["1x1"] == 3
     assert frame.zero_fraction["1x1"] == 0.75
     assert frame.dead["pool"] == 0
+
+
+def test_effective_rank_is_the_corrected_participation_ratio(branches, maps):
+    by_module = branches.set_index("module")
+    for name in gl.branch_names(small()):
+        values = maps[name].transpose(0, 1).flatten(1)
+        eigenvalues = torch.linalg.eigvalsh(torch.cov(values, correction=0)).clamp(min=0)
+        if eigenvalues.sum() == 0:
+            assert np.isnan(by_module.effective_rank[name])
+            continue
+        ratio = float(eigenvalues.sum() ** 2 / eigenvalues.square().sum())
+        expected = 1 / (1 / ratio - 1 / values.shape[1])
+        assert by_module.effective_rank[name] == pytest.approx(expected, rel=1e-3)
+        assert by_module.rank_share[name] == pytest.approx(expected / len(values), rel=1e-3)
+
+
+def test_effective_rank_of_known_covariances():
+    """Full-rank noise has its number of channels, even from a small sample; copies have 1."""
+
+    generator = torch.Generator().manual_seed(0)
+    model = OneModule()
+    conv = model.inception3a.branch1x1.conv
+    with torch.no_grad():
+        conv.weight.zero_()
+        conv.weight[:, 0, 0, 0] = torch.arange(1.0, conv.out_channels + 1)
+        conv.bias.zero_()
+    images = torch.rand(4, 2, 8, 8, generator=generator)
+    frame = branch_summary(model, images).set_index("branch")
+    assert frame.effective_rank["1x1"] == pytest.approx(1, abs=0.01)  # copies of one pixel value
+    noise = torch.randn(200, 10, 1, 1, generator=generator)
+    corrected = activations._effective_rank(add_moments(None, noise))
+    covariance = torch.cov(noise[:, :, 0, 0].T, correction=0)
+    plain = float(covariance.trace() ** 2 / covariance.square().sum())
+    assert plain < 9.7 < corrected < 10.3
+
+
+def test_random_control_has_the_architecture_and_calibrated_batch_norm(batches):
+    model = small()
+    control = random_control(model, batches[0], seed=3)
+    again = random_control(model, batches[0], seed=3)
+    assert control.architecture == model.architecture
+    assert not control.training
+    weights = control.state_dict()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, weights[key])
+    assert not torch.equal(weights["conv1.conv.weight"], model.state_dict()["conv1.conv.weight"])
+    with torch.no_grad(), record(control, "conv2.bn") as maps:
+        control(batches[0])
+    deviation = maps["conv2.bn"].transpose(0, 1).flatten(1).std(1)
+    torch.testing.assert_close(deviation, torch.ones_like(deviation), rtol=0.05, atol=0)
 
 
 def test_liveliest_channels_vary_most(batches, maps):

@@ -28,7 +28,7 @@ def test_correlations_are_numpys(model, batches):
     expected = np.corrcoef(values)
     moments = None
     for part in maps["inception4a"].split(4):
-        moments = correlation._accumulate(moments, part)
+        moments = correlation.add_moments(moments, part)
     found, varies = correlation._correlation(moments)
     kept = values.std(1) > 0
     assert (varies == kept).all()

@@ -180,6 +180,25 @@ def test_lines_over_depth_have_the_branch_colours():
     assert ax.lines[1].get_ydata().tolist() == [3, 4]
 
 
+def test_control_is_dashed_and_has_no_label():
+    frame = pd.DataFrame({"stage": ["3a", "3b"], "branch": "1x1", "share": [1.0, 2.0]})
+    (line,) = plots.plot_by_depth(frame, "share", control=True).lines
+    assert line.get_label().startswith("_")
+    assert line.get_linestyle() == "--"
+    assert line.get_ydata().tolist() == [1, 2]
+
+
+def test_statistics_figure_names_the_control():
+    rows = [("3a", "1x1", 0.5, 0.3, 0.2, 0.1, n) for n in ("mine", "random")]
+    columns = ["stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "rank_share"]
+    frame = pd.DataFrame(rows, columns=[*columns, "network"])
+    figure = figures.branch_statistics_figure(frame)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["1x1 branch", "random"]
+    # Full line, control, and in one panel the line at 1.
+    assert [len(ax.lines) for ax in figure.axes] == [2, 3, 2, 2]
+
+
 def test_montage_holds_every_map_at_its_place():
     maps = np.arange(5 * 4 * 4, dtype=float).reshape(5, 4, 4)
     sheet = plots.plot_montage(maps, columns=3, limits=(0, 79)).images[0].get_array()
@@ -260,9 +279,12 @@ def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
     branches = ["1x1", "3x3", "5x5", "pool"]
     maps = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in branches}}
     by_branch = pd.DataFrame(
-        [("3a", b, 0.25, 1.0, 0.5, 0.25) for b in branches],
-        columns=["stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "share"],
-    )
+        [("3a", b, 0.25, 1.0, 0.5, 0.25, 0.3) for b in branches],
+        columns=[
+            "stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "share",
+            "rank_share",
+        ],
+    )  # fmt: skip
     models = pd.DataFrame({"model": ["a"], "top1": [60.0], "macs": [1e8], "parameters": [1e6]})
     modules = costs.rename(columns={"model": "variant"}).assign(out_channels=8, pool_share=0.2)
     latency = pd.DataFrame({"model": ["m"], "batch_size": [1], "seconds": [0.01], "iqr": [0.0]})

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gnetlab.draw import plots, style
 
@@ -249,21 +250,35 @@ def maps_figure(
 
 @_styled
 def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
-    """Energy per channel and zero fraction over depth, one line per branch.
+    """Energy, silence and effective rank over depth, one line per branch; dashed: the control.
 
-    Columns: `stage`, `branch`, `energy_share`, `energy_ratio`, `zero_fraction`.
+    Columns: `stage`, `branch`, `energy_share`, `energy_ratio`, `zero_fraction`, `rank_share`, and
+    `network` where there is a control: what comes first is drawn in full.
     """
-    figure = _figure("page", 2.7)
-    axes = figure.subplots(1, 3)
-    titles = ("Share of the energy", "Energy per channel", "Silent values")
-    values = ("energy_share", "energy_ratio", "zero_fraction")
-    labels = ("fraction of the module", "energy share / channel share", "fraction exactly zero")
-    for ax, title, value, label in zip(axes, titles, values, labels, strict=True):
-        plots.plot_by_depth(branches, value, ax=ax).set(title=title, ylabel=label)
-    axes[1].axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
-    axes[0].set_ylim(bottom=0)
-    axes[2].set_ylim(0, 1)
-    axes[2].legend(title="branch", ncols=2, loc="upper left", title_fontsize=7)
+    figure = _figure("page", 4.6)
+    axes = figure.subplots(2, 2, sharex=True)
+    panels = {
+        "energy_share": ("Share of the energy", "fraction of the module"),
+        "energy_ratio": ("Energy per channel", "energy share / channel share"),
+        "zero_fraction": ("Silent values", "fraction exactly zero"),
+        "rank_share": ("Effective rank", "fraction of the channels"),
+    }
+    if "network" not in branches:
+        branches = branches.assign(network="")
+    networks = dict(tuple(branches.groupby("network", sort=False)))
+    for ax, (value, (title, label)) in zip(axes.flat, panels.items(), strict=True):
+        for i, rows in enumerate(networks.values()):
+            plots.plot_by_depth(rows, value, ax=ax, control=i > 0)
+        ax.set(title=title, ylabel=label, ylim=(0, None))
+    for ax in axes[0]:
+        ax.set_xlabel("")
+    axes[0, 1].axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    labels = [f"{label} branch" for label in labels]
+    if len(networks) > 1:
+        handles.append(Line2D([], [], color=style.QUIET, linewidth=0.9, linestyle=(0, (3, 2))))
+        labels.append(list(networks)[1])
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure
 
 

@@ -333,14 +333,20 @@ def plain_number(value: float, _position: int | None = None) -> str:
     return f"{value:g}" if value < 1000 else f"{value:,.0f}"
 
 
-def plot_by_depth(statistics: pd.DataFrame, value: str, *, ax: Axes | None = None) -> Axes:
-    """One line per branch over the stages. Columns: `stage`, `branch`, and `value`."""
+def plot_by_depth(
+    statistics: pd.DataFrame, value: str, *, control: bool = False, ax: Axes | None = None
+) -> Axes:
+    """One line per branch over the stages. Columns: `stage`, `branch`, and `value`.
+
+    `control` draws them thin, dashed and without labels, to be compared with.
+    """
     ax = _axes(ax)
     stages = style.stage_order(list(statistics.stage))
     for branch, rows in statistics.groupby("branch", sort=False):
         values = rows.groupby("stage")[value].mean().reindex(stages)
-        ax.plot(range(len(stages)), values, marker="o", color=style.BRANCH_COLORS[branch],
-                label=branch)  # fmt: skip
+        look = {"linewidth": 0.9, "linestyle": (0, (3, 2)), "label": "_control"} if control else {
+            "marker": "o", "label": branch}  # fmt: skip
+        ax.plot(range(len(stages)), values, color=style.BRANCH_COLORS[branch], **look)
     ax.set_xticks(range(len(stages)), stages)
     ax.set(xlabel="Inception module")
     return ax

@@ -1,14 +1,15 @@
 """What the branches put out, measured over any number of images in constant memory.
 
 `branch_statistics()`  per channel: mean, variance, zero fraction, energy, share of the module's
-`per_branch()`         the same summed up per branch
+`branch_summary()`     the same per branch, with dead channels and the effective rank
+`random_control()`     the same network with random weights, for what the architecture alone gives
 `liveliest_channels()`  of every branch the maps that vary most over one image
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
 from gnetlab.measure.hooks import in_mode, record
-from gnetlab.net.model import branch_names
+from gnetlab.net.model import GoogLeNet, branch_names, build
+from gnetlab.net.weights import calibrate_batch_norm
 
 
 class _Sums(NamedTuple):
@@ -43,6 +45,28 @@ def _accumulate(sums: _Sums | None, maps: Tensor) -> _Sums:
     return new if sums is None else _Sums(*(a + b for a, b in zip(sums, new, strict=True)))
 
 
+class Moments(NamedTuple):
+    """Over images and positions, in float64: values per channel, sums (C), products (C x C)."""
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    def covariance(self) -> Tensor:
+        mean = self.total / self.count
+        return self.products / self.count - torch.outer(mean, mean)
+
+
+def add_moments(moments: Moments | None, maps: Tensor) -> Moments:
+    """A `reduce=` for `record`."""
+    values = maps.transpose(0, 1).flatten(1).float()
+    # Half precision would overflow, and float32 sums over all images would lose digits.
+    new = Moments(values.shape[1], values.sum(1).double(), (values @ values.T).double())
+    if moments is None:
+        return new
+    return Moments(*(a + b for a, b in zip(moments, new, strict=True)))
+
+
 def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> pd.DataFrame:
     """Statistics of every channel of every branch over `batches` (each N x C x H x W).
 
@@ -55,6 +79,12 @@ def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> p
     The model runs in eval mode and without gradients; its mode is restored. Memory does not grow
     with the number of batches.
     """
+    return _statistics(_streamed(model, batches, _accumulate))
+
+
+def _streamed(
+    model: nn.Module, batches: Tensor | Iterable[Tensor], reduce: Callable[[Any, Tensor], Any]
+) -> Mapping[str, Any]:
     names = branch_names(model)
     if not names:
         raise ValueError(
@@ -62,10 +92,14 @@ def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> p
             "weights into gnetlab.googlenet('torchvision') instead"
         )
     evaluating = in_mode(model, training=False)
-    with evaluating, torch.no_grad(), record(model, names, reduce=_accumulate) as sums:
+    with evaluating, torch.no_grad(), record(model, names, reduce=reduce) as states:
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             model(batch)
-    frames = [_branch_frame(name, sums[name]) for name in names]
+    return states
+
+
+def _statistics(sums: Mapping[str, _Sums]) -> pd.DataFrame:
+    frames = [_branch_frame(name, state) for name, state in sums.items()]
     frame = pd.concat(frames, ignore_index=True)
     stages = frame.groupby("stage", sort=False)
     return frame.assign(
@@ -97,13 +131,54 @@ def _branch_frame(name: str, sums: _Sums) -> pd.DataFrame:
     )
 
 
-def per_branch(statistics: pd.DataFrame) -> pd.DataFrame:
-    """`branch_statistics` summed up per branch.
+def branch_summary(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> pd.DataFrame:
+    """What each branch puts out over `batches` (each N x C x H x W), one row per branch.
 
     Columns: `module`, `stage`, `branch`, `channels` (count), `energy_share`, `channel_share`
     (both sum to 1 per stage), `energy_ratio` (the first over the second: 1 is an equal share per
-    channel), `zero_fraction` (mean over channels), `dead` (channels that are zero everywhere).
+    channel), `zero_fraction` (mean over channels), `dead` (channels that are zero everywhere),
+    `effective_rank` (how many channels of equal, uncorrelated strength would vary like these:
+    the participation ratio tr(C)^2 / tr(C^2) of their covariance C over images and positions,
+    corrected for the sample's size; NA where nothing varies), `rank_share` (of the channels).
+
+    Neighbouring positions see nearly the same: give several images, or the rank comes out low.
     """
+
+    def both(state: tuple[_Sums, Moments] | None, maps: Tensor) -> tuple[_Sums, Moments]:
+        sums, moments = state or (None, None)
+        return _accumulate(sums, maps), add_moments(moments, maps)
+
+    states = _streamed(model, batches, both)
+    frame = _per_branch(_statistics({name: sums for name, (sums, _) in states.items()}))
+    rank = [_effective_rank(moments) for _, moments in states.values()]
+    frame = frame.assign(effective_rank=rank)
+    return frame.assign(rank_share=frame.effective_rank / frame.channels)
+
+
+def _effective_rank(moments: Moments) -> float:
+    covariance = moments.covariance()
+    squares = covariance.square().sum().item()
+    if squares == 0:
+        return float("nan")
+    ratio = covariance.trace().item() ** 2 / squares
+    # Of N independent samples even full-rank noise shows a ratio below N.
+    corrected = 1 / ratio - 1 / moments.count
+    return 1 / corrected if corrected > 0 else float("nan")
+
+
+def random_control(model: GoogLeNet, images: Tensor, *, seed: int = 0) -> GoogLeNet:
+    """The same architecture with Kaiming's random weights, on the device of `images`, in eval mode.
+
+    Its batch norm, if any, is calibrated on `images` (N x C x H x W): what a statistic shows here,
+    it owes to the architecture and not to training.
+    """
+    control = build(model.architecture, init="kaiming", seed=seed).to(images.device)
+    with torch.no_grad():
+        calibrate_batch_norm(control, images)
+    return control.eval()
+
+
+def _per_branch(statistics: pd.DataFrame) -> pd.DataFrame:
     groups = statistics.groupby(["module", "stage", "branch"], sort=False)
     frame = groups.agg(
         channels=("channel", "size"),

@@ -9,30 +9,15 @@ be grouped by the correlation of what they put out; a branch is such a group, bu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from gnetlab.measure.activations import Moments, add_moments
 from gnetlab.measure.hooks import in_mode, record
 from gnetlab.net.model import GoogLeNet, Inception
-
-
-class _Moments(NamedTuple):
-    count: int
-    total: Tensor  # C
-    products: Tensor  # C x C
-
-
-def _accumulate(moments: _Moments | None, maps: Tensor) -> _Moments:
-    values = maps.transpose(0, 1).flatten(1).float()
-    # Half precision would overflow, and float32 sums over all images would lose digits.
-    new = _Moments(values.shape[1], values.sum(1).double(), (values @ values.T).double())
-    if moments is None:
-        return new
-    return _Moments(*(a + b for a, b in zip(moments, new, strict=True)))
 
 
 def branch_correlation(
@@ -63,7 +48,7 @@ def branch_correlation(
         )
     modules = {n: m for n, m in model.named_children() if isinstance(m, Inception)}
     evaluating = in_mode(model, training=False)
-    with evaluating, torch.no_grad(), record(model, modules, reduce=_accumulate) as moments:
+    with evaluating, torch.no_grad(), record(model, modules, reduce=add_moments) as moments:
         for batch in [batches] if isinstance(batches, Tensor) else batches:
             model(batch)
     random = np.random.default_rng(seed)
@@ -86,10 +71,9 @@ def branch_correlation(
     return pd.DataFrame(rows)
 
 
-def _correlation(moments: _Moments) -> tuple[np.ndarray, np.ndarray]:
+def _correlation(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
     """Matrix over the channels that vary, and which those are."""
-    mean = moments.total / moments.count
-    covariance = (moments.products / moments.count - torch.outer(mean, mean)).cpu().numpy()
+    covariance = moments.covariance().cpu().numpy()
     variance = np.diag(covariance)
     varies = variance > 1e-12 * max(variance.max(), 1e-300)
     deviation = np.sqrt(variance[varies])
