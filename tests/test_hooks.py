@@ -136,13 +136,14 @@ def test_unknown_name_is_an_error_with_the_nearest(model, images):
 def test_a_name_that_never_ran_is_an_error(model, images):
     with pytest.raises(RuntimeError, match=r"never ran.*aux1.*training mode"):
         recorded(model, ["conv1", "aux1"], images)
-    assert recorded(model.train(), "aux1", images)["aux1"].shape == (2, 5)
+    again = recorded(model.train(), "aux1", images, training=True)
+    assert again["aux1"].shape == (2, 5)
 
 
 @pytest.mark.parametrize("reduce", [None, lambda _, maps: maps])
 def test_a_module_used_twice_in_a_forward_pass_is_an_error(reduce):
     with pytest.raises(RuntimeError, match="'layer' ran twice"):
-        recorded(Twice(), "layer", torch.zeros(1, 3), reduce=reduce)
+        recorded(Twice().eval(), "layer", torch.zeros(1, 3), reduce=reduce)
 
 
 def test_two_forward_passes_need_reduce(model, images):
@@ -256,7 +257,7 @@ def test_a_compiled_model_is_refused(model, images):
 
 def test_an_output_that_is_no_tensor_is_an_error(model, images):
     with pytest.raises(RuntimeError, match="GoogLeNetOutput, not one tensor"):
-        recorded(model.train(), "", images)
+        recorded(model.train(), "", images, training=True)
 
 
 def test_a_name_that_was_not_asked_for_is_an_error(model, images):
@@ -313,3 +314,44 @@ def test_a_model_compiled_in_place_is_refused(images):
     model.compile()
     with pytest.raises(ValueError, match="compiled"), record(model, "conv1"):
         model(images)
+
+
+@pytest.mark.parametrize("recorded", ["module", "branches"])
+def test_a_channel_by_its_index_in_the_branch_or_in_the_module(recorded):
+    model = gl.googlenet(width=0.1, seed=0).eval()
+    names = ["inception3a"] if recorded == "module" else gl.branch_names(model)[:4]
+    with torch.no_grad(), gl.record(model, names) as maps, gl.record(model, "inception3a") as whole:
+        model(torch.randn(2, 3, 64, 64))
+    for branch, channels in model.inception3a.branch_slices.items():
+        for index in (0, channels.stop - channels.start - 1):
+            expected = whole["inception3a"][:, channels.start + index]
+            assert torch.equal(maps.channel(f"inception3a.{branch}", index), expected)
+            assert torch.equal(maps.channel("inception3a", channels.start + index), expected)
+    last = model.inception3a.out_channels - 1
+    for name, count in (("inception3a", last), ("inception3a.branch5x5", 3)):
+        for index in (count + 1, -1):
+            with pytest.raises(
+                IndexError, match=f"channel {index} of '{name}' asked.* 0 to {count}"
+            ):
+                maps.channel(name, index)
+
+
+def test_a_channel_of_what_was_not_recorded():
+    model = gl.googlenet(width=0.1, seed=0).eval()
+    with gl.record(model, ["conv2", "inception3a.branch1x1"]) as maps:
+        model(torch.randn(1, 3, 64, 64))
+    assert torch.equal(maps.channel("conv2", 2), maps["conv2"][:, 2])
+    for name, index in (("inception3a", 9), ("inception3a.branch3x3", 0), ("conv1", 0)):
+        with pytest.raises(KeyError, match="was not recorded; recorded: conv2, inception3a"):
+            maps.channel(name, index)
+
+
+def test_training_mode_is_refused_unless_asked_for():
+    model = gl.googlenet("torchvision", width=0.1, aux=False, seed=0)
+    with pytest.raises(ValueError, match=r"in training mode.*model\.eval\(\)"):
+        gl.record(model, "conv1").__enter__()
+    before = model.conv1.bn.running_mean.clone()
+    with gl.record(model, "conv1", training=True) as maps:
+        model(torch.randn(2, 3, 64, 64))
+    assert "conv1" in maps
+    assert not torch.equal(model.conv1.bn.running_mean, before)

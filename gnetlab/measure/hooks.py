@@ -72,7 +72,8 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 class Recording(Mapping[str, Any]):
     """What `record` saw: name -> feature maps (N x C x H x W), or name -> reduced state."""
 
-    def __init__(self) -> None:
+    def __init__(self, slices: dict[str, dict[str, slice]]) -> None:
+        self._slices = slices  # Inception module -> branch -> its channels of the output
         self._values: dict[str, Any] = {}
         self._versions: dict[str, tuple[Tensor, int]] = {}
 
@@ -88,11 +89,38 @@ class Recording(Mapping[str, Any]):
                 )
         return self._values[name]
 
+    def channel(self, name: str, index: int) -> Tensor:
+        """Maps of one channel, N x H x W, whether the module was recorded or its branches.
+
+        name    of an Inception module: `index` counts in its concatenated output; of a branch, or
+                anything else: in its own. "inception3a", 195 is "inception3a.branch5x5", 3
+
+        Raises IndexError for a channel that is not there, KeyError for one not recorded.
+        """
+        parent, _, branch = name.rpartition(".")
+        in_parent = self._slices.get(parent, {}).get(branch)
+        if name not in self and in_parent and parent in self:
+            count = in_parent.stop - in_parent.start
+            return self[parent][:, in_parent.start + _inside(index, count, name)]
+        if name not in self and name in self._slices:
+            slices = self._slices[name]
+            _inside(index, max(channels.stop for channels in slices.values()), name)
+            branch, channels = next((b, s) for b, s in slices.items() if s.start <= index < s.stop)
+            return self[f"{name}.{branch}"][:, index - channels.start]
+        maps = self[name]
+        return maps[:, _inside(index, maps.shape[1], name)]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+def _inside(index: int, count: int, name: str) -> int:
+    if not 0 <= index < count:
+        raise IndexError(f"channel {index} of {name!r} asked; it has 0 to {count - 1}")
+    return index
 
 
 def _parts(model: nn.Module, names: list[str]) -> dict[str, dict[str, slice | None]]:
@@ -120,6 +148,7 @@ def record(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     clone: bool = False,
+    training: bool = False,
 ) -> Iterator[Recording]:
     """Record the outputs of named modules while the with-block runs.
 
@@ -128,11 +157,14 @@ def record(
              recording then holds the last state. Any number of forward passes, constant memory
     device, dtype   where and as what to keep the (detached) maps
     clone    keep a copy, for models that change their maps in place afterwards
+    training  allow a model in training mode: every forward pass moves its batch norm's statistics,
+             and dropout is part of what is seen
 
-    The hooks are gone when the block ends, however it ends. Raises ValueError for unknown names
-    and compiled models; RuntimeError for a name that never ran or ran twice (in one forward pass,
-    or without `reduce` at all), and for a non-tensor output. An output that was overwritten in
-    place is noticed when it is read (not under `torch.inference_mode`, which tracks no versions).
+    The hooks are gone when the block ends, however it ends. Raises ValueError for unknown names,
+    compiled models and models in training mode; RuntimeError for a name that never ran or ran twice
+    (in one forward pass, or without `reduce` at all), and for a non-tensor output. An output that
+    was overwritten in place is noticed when it is read (not under `torch.inference_mode`, which
+    tracks no versions).
 
     >>> import torch, gnetlab as gl
     >>> model = gl.googlenet(width=0.1).eval()
@@ -142,7 +174,14 @@ def record(
     torch.Size([1, 4, 8, 8])
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    recording = Recording()
+    if model.training and not training:
+        raise ValueError(
+            "this model is in training mode, where looking at it moves batch norm's statistics; "
+            "call model.eval() first, or give training=True if training is what you look at"
+        )
+    modules = dict.fromkeys(n for name in names for n in (name, name.rpartition(".")[0]))
+    slices = {name: getattr(_submodule(model, name), "branch_slices", None) for name in modules}
+    recording = Recording({name: found for name, found in slices.items() if found})
     seen: set[str] = set()
     parts = _parts(model, names)
 
