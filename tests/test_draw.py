@@ -199,6 +199,31 @@ def test_statistics_figure_names_the_control():
     assert [len(ax.lines) for ax in figure.axes] == [2, 3, 2, 2]
 
 
+def test_conductance_figure_shows_what_the_sum_leaves_out():
+    rows = [("3a", "1x1", 0.7, 0.9), ("3a", "pool", -0.3, 0.9), ("5b", "1x1", 1.0, 1.3)]
+    frame = pd.DataFrame(rows, columns=["stage", "branch", "share", "completeness"])
+    left, right = figures.conductance_figure(frame).axes
+    assert left.lines[1].get_ydata()[0] == -0.3
+    assert right.lines[1].get_xdata().tolist() == [0.9, 1.3]
+    low, high = right.get_xlim()
+    assert low < 0.9
+    assert high > 1.3
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["1x1", "pool"]
+
+
+def test_single_pixels_do_not_set_the_scale_of_an_image_attribution():
+    image, values = np.zeros((40, 40, 3), np.uint8), np.ones((40, 40))
+    values[0, 0] = -1000
+    figure = figures.image_attribution_figure(image, {"occlusion": values})
+    assert [ax.get_title() or ax.get_title(loc="left") for ax in figure.axes] == [
+        "image",
+        "occlusion",
+    ]
+    drawn = figure.axes[1].images[1]
+    assert drawn.get_clim() == (-1, 1)
+    np.testing.assert_array_equal(drawn.get_array(), values)
+
+
 def test_montage_holds_every_map_at_its_place():
     maps = np.arange(5 * 4 * 4, dtype=float).reshape(5, 4, 4)
     sheet = plots.plot_montage(maps, columns=3, limits=(0, 79)).images[0].get_array()

@@ -373,6 +373,46 @@ def attribution_figure(
 
 
 @_styled
+def conductance_figure(shares: pd.DataFrame) -> Figure:
+    """How much of the decision each branch passes on, over depth, and what the sum leaves out.
+
+    Columns: `stage`, `branch`, `share` (signed fraction of the module), `completeness`.
+    """
+    figure = _figure("page", 2.5)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    plots.plot_by_depth(shares, "share", ax=left)
+    left.axhline(0, color=style.QUIET, linewidth=0.6, zorder=0)
+    left.set(title="Passed on", ylabel="conductance (signed share)")
+    left.legend(title="branch", title_fontsize=7, ncols=4, loc="upper center",
+                bbox_to_anchor=(0.5, -0.24))  # fmt: skip
+    whole = shares.groupby("stage", sort=False).completeness.first()
+    right.axvline(1, color=style.QUIET, linewidth=0.6, zorder=0)
+    right.plot(whole, whole.index, marker="o", linestyle="", color=style.EMPHASIS)
+    right.invert_yaxis()
+    reach = max(0.1, 1.15 * (whole - 1).abs().max())
+    right.set(title="Completeness", xlabel="sum of branches / change of the logit",
+              xlim=(1 - reach, 1 + reach), ylabel="Inception module")  # fmt: skip
+    return figure
+
+
+@_styled
+def image_attribution_figure(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Figure:
+    """Which pixels the decision rests on: the image, and a signed map over it for each method.
+
+    `image` H x W x 3 uint8; `maps` name of the method -> H x W.
+    """
+    figure = _figure("page", 2.5)
+    first, *others = figure.subplots(1, len(maps) + 1)
+    first.imshow(image)
+    first.set_axis_off()
+    first.set_title("image")
+    for ax, (method, values) in zip(others, maps.items(), strict=True):
+        limit = np.percentile(np.abs(values), 99.5)  # single pixels would set the scale
+        plots.plot_overlay(image, values, limit=limit, ax=ax).set_title(method)
+    return figure
+
+
+@_styled
 def gradient_figure(flow: pd.DataFrame) -> Figure:
     """Gradient RMS over depth by source, one panel per (norm, init), one log scale for all.
 
