@@ -24,9 +24,9 @@ lab: .venv/installed ## JupyterLab on the notebooks
 	@echo "Installing into .venv (once; PyTorch alone is some gigabytes)"
 	@if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
-	  uv pip install --quiet --python $(BIN)/python --editable '.[test,counters]'; \
+	  uv pip install --quiet --python $(BIN)/python --editable '.[test,counters,browser]'; \
 	else \
-	  $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,counters]'; \
+	  $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,counters,browser]'; \
 	fi
 	@touch $@
 

@@ -15,9 +15,12 @@ _HOME = {
     "measure_latency": "measure.latency",
     "branch_statistics": "measure.activations",
     "branch_attribution": "measure.attribution",
+    "visualize_channel": "measure.visualize",
+    "channel_selectivity": "measure.specialization",
     "branch_ablation": "measure.ablation",
     "branch_correlation": "measure.correlation",
     "receptive_fields": "measure.receptive",
+    "explore": "explorer",
     "gradient_flow": "measure.gradients",
     "train": "measure.training",
 }

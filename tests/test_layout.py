@@ -13,6 +13,7 @@ ROOMS = {
     "draw": set(),
     "report": set(),
     "cli": {"report", "measure", "net"},
+    "explorer": {"measure", "draw", "net"},
 }
 FORBIDDEN = {
     "net": {"matplotlib", "pandas"},

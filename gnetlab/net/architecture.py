@@ -98,7 +98,8 @@ class Architecture:
     pool4_size      side of the max pool between 4e and 5a
     conv_bias       whether convolutions have a bias
     width           multiplies every channel count except the input's and the classes'
-    transform_input rescale from ImageNet's to Inception's normalisation, as torchvision does
+    transform_input rescale from ImageNet's normalisation: True to Inception's, as torchvision does;
+                    "caffe" to 0..255 less a mean, as BVLC's weights expect
     """
 
     name: str = "paper"
@@ -116,7 +117,7 @@ class Architecture:
     in_channels: int = 3
     num_classes: int = 1000
     width: float = 1.0
-    transform_input: bool = False
+    transform_input: bool | Literal["caffe"] = False
 
     def __post_init__(self) -> None:
         _check_choice("norm", self.norm, ("batch", "lrn", None))
@@ -124,6 +125,7 @@ class Architecture:
         _check_choice("branch5x5", self.branch5x5, ("5x5", "3x3", "3x3+3x3"))
         _check_choice("head_pool", self.head_pool, ("5x5/3", "adaptive"))
         _check_choice("pool4_size", self.pool4_size, (2, 3))
+        _check_choice("transform_input", self.transform_input, (False, True, "caffe"))
         for head in self.heads:
             _check_choice("a head", head, tuple(HEAD_AFTER))
         if len(set(self.heads)) < len(self.heads):

@@ -3,7 +3,7 @@
 `photographs()`   16 photographs and textures out of scikit-image's wheel
 `open_image()`    a photograph by name, or the reader's own file
 `preprocess()`    RGB uint8 -> normalized 1 x 3 x size x size
-`load()`          a labelled data set by name: "photocrops", "fashion-mnist", "folder:PATH"
+`load()`          a labelled data set by name: "photocrops", "fashion-mnist", "folder:PATH", ...
 `PhotoCrops`      classification set made of the photographs: which one is this crop from?
 `FashionMNIST`, `ImageFolder`
 
@@ -147,9 +147,10 @@ def preprocess(pixels: np.ndarray, size: int = 224) -> Tensor:
 def load(
     name: str, *, size: int | None = None, device: torch.device | str = "cpu"
 ) -> PhotoCrops | _Indexed:
-    """A labelled data set: "photocrops", "fashion-mnist" or "folder:PATH".
+    """A labelled data set: "photocrops", "fashion-mnist", "folder:PATH", "cifar10", "imagenette".
 
-    `size` is the side of the images in pixels (None: 32). Raises ValueError for an unknown name
+    "imagenette:imagenet" labels Imagenette's images by ImageNet's 1000 classes. `size` is the side
+    of the images in pixels (None: 32; of Imagenette 128). Raises ValueError for an unknown name
     and FileNotFoundError for missing data; both say what there is and how to get it.
     """
     if name == "photocrops":
@@ -158,10 +159,14 @@ def load(
         return FashionMNIST(size=size or 32, device=device)
     if name.startswith("folder:"):
         return ImageFolder(name.removeprefix("folder:"), size=size or 32, device=device)
+    from gnetlab.net import datasets  # it builds on this file
+
+    if name in datasets.NAMES:
+        return datasets.NAMES[name](size=size, device=device)
     raise ValueError(
         f"unknown data set {name!r}. Known: 'photocrops' (always there), 'fashion-mnist' (Debian: "
         "apt install dataset-fashion-mnist; else fetched), 'folder:PATH' (PATH/train/CLASS/*.jpg "
-        "and PATH/test/CLASS/*.jpg)"
+        f"and PATH/test/CLASS/*.jpg), {', '.join(map(repr, datasets.NAMES))} (fetched)"
     )
 
 

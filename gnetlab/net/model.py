@@ -28,6 +28,11 @@ from gnetlab.net import weights as loading
 from gnetlab.net.architecture import HEAD_AFTER, MODULES, Architecture, Widths, architecture
 
 BRANCHES = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")
+# transform_input: what the weights were trained on, mean and deviation of R, G, B in [0, 1]
+INPUTS = {
+    True: ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # Inception's, as torchvision has it
+    "caffe": ((123 / 255, 117 / 255, 104 / 255), (1 / 255, 1 / 255, 1 / 255)),  # 0..255
+}
 
 
 class GoogLeNetOutput(NamedTuple):
@@ -153,12 +158,19 @@ class AuxiliaryHead(nn.Module):
 
 
 class InputTransform(nn.Module):
-    """From ImageNet's mean and deviation to Inception's (x - 0.5) / 0.5, as torchvision does."""
+    """From ImageNet's mean and deviation to those that the weights were trained with.
 
-    def __init__(self) -> None:
+    kind   True: Inception's (x - 0.5) / 0.5, as torchvision does; "caffe": 0..255 with the mean
+           (123, 117, 104) of R, G, B subtracted, not scaled
+    """
+
+    def __init__(self, kind: bool | str = True) -> None:
         super().__init__()
-        scale = torch.tensor([deviation / 0.5 for deviation in data.DEVIATION])
-        shift = torch.tensor([(mean - 0.5) / 0.5 for mean in data.MEAN])
+        if kind not in INPUTS:
+            raise ValueError(f"transform_input={kind!r} asked; choose False, True or 'caffe'")
+        colours = list(zip(data.MEAN, data.DEVIATION, *INPUTS[kind], strict=True))
+        scale = torch.tensor([deviation / theirs for _, deviation, _, theirs in colours])
+        shift = torch.tensor([(mean - other) / theirs for mean, _, other, theirs in colours])
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
 
@@ -177,7 +189,7 @@ class GoogLeNet(nn.Module):
         self.architecture = arch
         self.weights_note = "random weights"
         if arch.transform_input:
-            self.input_transform = InputTransform()
+            self.input_transform = InputTransform(arch.transform_input)
         channels = self._build_stem(arch)
         inputs_of_head: dict[str, int] = {}
         for stage in MODULES:
@@ -274,8 +286,10 @@ def googlenet(
 ) -> GoogLeNet:
     """GoogLeNet from a preset ("paper", "torchvision", "cifar", "naive"), in training mode.
 
-    weights      None, "imagenet" (torchvision's; implies the torchvision preset), "auto", or the
-                 path of a checkpoint (.pth, .pt, .safetensors; our keys or torchvision's)
+    weights      None, "imagenet" (torchvision's; implies the torchvision preset), "auto",
+                 "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's own network; images
+                 are normalized as for any other), or the path of a checkpoint (.pth, .pt,
+                 .safetensors; our keys or torchvision's)
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
     width        multiplies the channel counts, which stay at least 4

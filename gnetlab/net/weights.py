@@ -1,11 +1,11 @@
 """Weights: find them, read them safely, and fit them into a network.
 
 `find()`                  what a `weights=` argument stands for: a file, or a seeded random start
-`read_checkpoint()`       a .pth, .pt or .safetensors file as a state dict with our names
+`read_checkpoint()`       a .pth, .pt, .safetensors or .onnx file as a state dict with our names
 `fill()`                  copy a state dict into a network, or say which keys and shapes differ
 `calibrate_batch_norm()`  running statistics for a random network, so that it can be looked at
 
-Reading never runs code from a file: `weights_only=True` or safetensors.
+Reading never runs code from a file: `weights_only=True`, safetensors or ONNX initializers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gnetlab.net import data
+from gnetlab.net import bvlc, data
 from gnetlab.net.architecture import Architecture
 
 IMAGENET_SHA256 = "1378be20"  # the first digits, as in the file's name (torch.hub's convention)
@@ -59,11 +59,14 @@ class Checkpoint(NamedTuple):
 
 
 def find(weights: str | Path, *, seed: int = 0) -> Found:
-    """Locate weights: "imagenet", "auto" or a path. Fetches ImageNet's into torch.hub's cache.
+    """Locate weights: "imagenet", "auto", "bvlc:PATH" or a path.
+
+    ImageNet's are fetched into torch.hub's cache; BVLC's come from a file (see `gnetlab.net.bvlc`).
 
     "auto" takes ImageNet's where they are in the cache or can be fetched, else a seeded random
     start; a damaged cached file is an error, not a reason to fall back. Raises RuntimeError
-    without a network for "imagenet", FileNotFoundError for a path that is not there.
+    without a network for "imagenet", ValueError for "bvlc" without a path, FileNotFoundError for
+    a path that is not there.
     """
     if weights == "imagenet":
         try:
@@ -78,12 +81,15 @@ def find(weights: str | Path, *, seed: int = 0) -> Found:
             return _imagenet()
         except OSError:
             return random_start(seed)
-    path = Path(weights)
+    original = bvlc.locate(weights)
+    path = original or Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={str(weights)!r} asked: no such file. "
-            "Give 'imagenet', 'auto', None or the path of a .pth, .pt or .safetensors file"
+            f"weights={str(weights)!r} asked: no such file. Give 'imagenet', 'auto', 'bvlc:PATH', "
+            "None or the path of a .pth, .pt, .safetensors or .onnx file"
         )
+    if original:
+        return Found(path, bvlc.NOTE, "paper", {"transform_input": "caffe"})
     return Found(path, f"weights from {path.name}")
 
 
@@ -124,10 +130,12 @@ def _imagenet() -> Found:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint without running code from it; torchvision's names become ours.
 
-    Accepts a bare state dict or a training checkpoint (its "model" entry). Raises ValueError for
-    a truncated, foreign or hostile file.
+    Accepts a bare state dict, a training checkpoint (its "model" entry) or BVLC GoogLeNet's .onnx.
+    Raises ValueError for a truncated, foreign or hostile file.
     """
     path = Path(path)
+    if path.suffix.lower() == ".onnx":
+        return Checkpoint(bvlc.read(path), None)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

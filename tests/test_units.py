@@ -1,0 +1,200 @@
+"""Figures of selectivity: what stands where, in which colour, and nothing on top of anything."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from gnetlab.draw import style, units
+
+BRANCHES, STAGES = ("1x1", "3x3", "5x5", "pool"), ("3a", "3b", "4a")
+
+
+@pytest.fixture
+def selectivity():
+    random = np.random.default_rng(0)
+    keys = [key for key in itertools.product(STAGES, BRANCHES) for _ in range(12)]
+    frame = pd.DataFrame(keys, columns=["stage", "branch"])
+    for name in units.LABELS:
+        frame[name] = random.uniform(size=len(frame))
+    frame.loc[frame.stage + frame.branch == "3a5x5", "colour"] = np.nan
+    return frame
+
+
+@pytest.fixture
+def verdicts():
+    rows = itertools.product(STAGES, units.LABELS)
+    return pd.DataFrame(rows, columns=["stage", "property"]).assign(
+        p_adjusted=[0.5, 0.2, 0.04, 0.01, 0.3, 0.051, 0.01, 1.0, 0.02]
+    )
+
+
+@pytest.fixture
+def confound():
+    rows = [
+        (kernel, layout, seed, trained, name, 0.1 * i + 0.01 * seed)
+        for i, (kernel, layout, trained, name) in enumerate(
+            itertools.product(
+                ("5x5", "3x3", "3x3+3x3"), ("paper", "equal"), (False, True), units.LABELS
+            )
+        )
+        for seed in (0, 1, 2)
+    ]
+    return pd.DataFrame(
+        rows, columns=["kernel", "layout", "seed", "trained", "property", "advantage"]
+    )
+
+
+@pytest.fixture
+def effects():
+    contrasts = [
+        ("kernel", "5x5 - 3x3", "paper widths"),
+        ("kernel", "3x3+3x3 - 3x3", "equal widths"),
+        ("width", "paper - equal widths", "5x5"),
+    ]
+    rows = [
+        (*contrast, trained, name, 0.2, 0.1, 0.3 if contrast[0] == "kernel" else np.nan)
+        for contrast in contrasts
+        for trained in (False, True)
+        for name in units.LABELS
+    ]
+    columns = ["factor", "contrast", "at", "trained", "property", "effect", "low", "high"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.assign(low=frame.low.where(frame.high.notna()))
+
+
+@pytest.fixture
+def counts():
+    rows = [
+        ("3a", "curves", "3x3", 11, 11, 128, 256, 4e-4),
+        ("4a", "shapes", "5x5", 3, 4, 48, 508, 0.1),
+    ]
+    return pd.DataFrame(
+        rows,
+        columns=["stage", "label", "branch", "inside", "units", "branch_width", "width", "p"],
+    )  # fmt: skip
+
+
+def overlapping(figure):
+    """Pairs of texts whose boxes overlap, as drawn."""
+    canvas = FigureCanvasAgg(figure)
+    with style.context():
+        canvas.draw()
+    boxes = [
+        (text.get_text(), text.get_window_extent(canvas.get_renderer()))
+        for text in figure.findobj(lambda a: isinstance(a, Text) and a.get_visible())
+        if text.get_text().strip()
+    ]
+    return [
+        (a, b)
+        for (a, one), (b, two) in itertools.combinations(boxes, 2)
+        if a != b and min(one.x1, two.x1) - max(one.x0, two.x0) > 0.5
+        and min(one.y1, two.y1) - max(one.y0, two.y0) > 0.5
+    ]  # fmt: skip
+
+
+def test_means_are_drawn_in_the_branches_colours_with_na_left_out(selectivity, verdicts):
+    ax = units.plot_selectivity(selectivity, verdicts, "colour")
+    means = selectivity.groupby(["branch", "stage"]).colour.mean()
+    for container in ax.containers:
+        branch = container.get_label()
+        line = container.lines[0]
+        assert to_hex(line.get_color()) == style.BRANCH_COLORS[branch].lower()
+        drawn = np.asarray(line.get_ydata(), float)
+        np.testing.assert_allclose(drawn, means[branch])
+        assert np.isnan(drawn[0]) == (branch == "5x5")
+    rows = selectivity[(selectivity.branch == "pool") & (selectivity.stage == "4a")].colour
+    low, high = ax.containers[3].lines[2][0].get_segments()[2][:, 1]
+    assert high - low == pytest.approx(2 * 1.96 * rows.std() / 12**0.5)
+    assert [text.get_text() for text in ax.texts if text.get_text() in BRANCHES]
+
+
+def test_modules_that_differ_are_marked(selectivity, verdicts):
+    for name, marked in (("orientation", [1, 2]), ("scale", []), ("colour", [0, 2])):
+        ax = units.plot_selectivity(selectivity, verdicts, name)
+        assert ax.collections[-1].get_offsets()[:, 0].tolist() == marked
+
+
+def test_labels_keep_their_order_and_distance(selectivity, verdicts):
+    close = selectivity.assign(scale=0.5 + 0.001 * selectivity.branch.map(BRANCHES.index))
+    close.loc[0, "scale"] = 1.0
+    ax = units.plot_selectivity(close, verdicts, "scale")
+    places = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert sorted(places, key=places.get) == list(BRANCHES)
+    low, high = ax.get_ylim()
+    assert np.diff(sorted(places.values())).min() >= 0.07 * (high - low)
+
+
+def test_advantages_stand_at_their_kernel_grey_before_training(confound):
+    ax = units.plot_advantage(confound, "scale")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["5x5", "3x3", "3x3+3x3"]
+    points = [c for c in ax.collections if len(c.get_offsets()) == 3]
+    assert len(points) == 12
+    frame = confound[confound.property == "scale"]
+    drawn = sorted(y for c in points for y in c.get_offsets()[:, 1])
+    np.testing.assert_allclose(drawn, sorted(frame.advantage))
+    assert all(round(x) in range(3) for c in points for x in c.get_offsets()[:, 0])
+    colors = {to_hex(c.get_facecolor()[0]) for c in points}
+    assert colors == {"#bbbbbb", style.SERIES[0].lower(), style.SERIES[1].lower()}
+
+
+def test_effects_have_intervals_where_there_are_any(effects):
+    ax = units.plot_effects(effects, "colour")
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[0] == "5x5 - 3x3, paper widths"
+    assert len(labels) == 3  # trained only
+    points = [c for c in ax.collections if isinstance(c, PathCollection)]
+    assert [tuple(c.get_offsets()[0]) for c in points] == [(0.2, 0), (0.2, 1), (0.2, 2)]
+    opened = [to_hex(c.get_facecolor()[0]) == "#ffffff" for c in points]
+    assert opened == [False, False, True]
+    intervals = [c.get_segments()[0][:, 0].tolist() for c in ax.collections if c not in points]
+    assert intervals == [[0.1, 0.3], [0.1, 0.3]]
+
+
+def test_counts_show_share_and_chance(counts):
+    ax = units.plot_counts(counts)
+    assert [bar.get_width() for bar in ax.patches] == [100, 75]
+    chance = ax.collections[0].get_offsets()[:, 0].tolist()
+    assert chance == pytest.approx([50, 100 * 48 / 508])
+    assert "3 of 4 in 5x5, p = 1.0e-01" in [text.get_text() for text in ax.texts]
+
+
+def test_figures_have_no_overlapping_text_and_no_empty_panel(
+    selectivity, verdicts, confound, effects, counts
+):
+    made = {
+        "selectivity": units.selectivity_figure(selectivity, verdicts, note="random weights"),
+        "confound": units.confound_figure(confound, effects, note="3 seeds"),
+        "counts": units.counts_figure(counts, note="labels"),
+    }
+    for name, figure in made.items():
+        assert overlapping(figure) == [], name
+        assert all(ax.has_data() for ax in figure.axes), name
+        assert figure.get_figwidth() == style.WIDTHS["page"]
+        assert len(figure.get_label()) > 40
+    assert made["confound"].get_label().endswith("3 seeds")
+
+
+def test_visualized_figure_puts_every_image_under_its_number():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 4, 4, 3), np.uint8)
+    modules = ["inception3a.branch1x1"] * 3 + ["inception3a.branch5x5"] * 2
+    frame = pd.DataFrame(
+        {"module": modules, "branch": ["1x1"] * 3 + ["5x5"] * 2, "channel": [7, 8, 9, 0, 31]}
+    )
+    figure = units.visualized_figure(images, frame, columns=2)
+    shown = {}
+    for part in figure.subfigs:
+        title = part.get_suptitle()
+        for ax in part.axes:
+            number = ax.get_title() or ax.get_title(loc="left")
+            colour = to_hex(ax.spines["top"].get_edgecolor())
+            shown[title, number] = (ax.images[0].get_array()[0, 0, 0], colour)
+    colours = [to_hex(style.BRANCH_COLORS[branch]) for branch in frame.branch]
+    numbers = frame.channel.astype(str)
+    assert shown == dict(zip(zip(modules, numbers, strict=True),
+                             zip(range(5), colours, strict=True), strict=True))  # fmt: skip
