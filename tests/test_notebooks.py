@@ -21,7 +21,8 @@ FIGURES = {
     },
     "02_branch_activations": {
         "branch_maps", "receptive_fields", "branch_statistics", "branch_correlation",
-        "branch_ablation", "branch_attribution",
+        "branch_ablation", "conductance", "branch_attribution", "image_attribution",
+        "visualized_channels", "selectivity", "published_counts", "kernel_or_width",
     },
     "03_auxiliary_heads": {"gradient_by_source", "heads_share", "training_with_and_without_heads"},
     "04_sparse_vs_dense": {"sparse_vs_dense"},
@@ -50,7 +51,7 @@ def test_notebook_only_calls_the_package(path):
     statements = [
         line for line in source.splitlines() if line.strip() and line.strip() not in ")]}"
     ]
-    assert len(statements) <= 150  # 01 has eleven figures
+    assert len(statements) <= 150  # 01 has eleven figures, 02 thirteen
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -95,6 +96,8 @@ class TestReport:
         assert verdicts["aux-gradient"] == "depends"  # without batch norm only
         assert verdicts["sparse-slow"] in ("supported", "depends", "not supported")  # the clock
         assert verdicts["dense-parts"] in ("supported", "depends")  # equal, sparse; and the clock
+        assert verdicts["correlated"] == "supported"
+        assert verdicts["locality"] != "supported"  # Table 1's own widths speak against it
 
     def test_claims_hold_the_numbers(self, report):
         claims = {claim["id"]: claim["measured"] for claim in report[1]["claims"]}
@@ -150,7 +153,7 @@ class TestReport:
     def test_weights_and_device_stand_in_the_manifest(self, report):
         facts = {n["name"]: n["facts"] for n in report[1]["notebooks"]}
         assert all("device" in fact and "weights" in fact for fact in facts.values())
-        assert "random weights (seed 0)" in facts["02_branch_activations"]["weights"]
+        assert facts["02_branch_activations"]["weights"].startswith("bundled weights")
 
     def test_pages_exist_and_refer_to_existing_files(self, report):
         out = report[0]

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pickle
 import urllib.error
@@ -12,10 +13,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from gnetlab.measure.activations import branch_summary
 from gnetlab.net import weights
 from gnetlab.net.architecture import PRESETS
+from gnetlab.net.data import PhotoCrops
 from gnetlab.net.model import googlenet
 from gnetlab.net.weights import (
+    BUNDLED,
+    BUNDLED_SHA256,
     calibrate_batch_norm,
     calibration_images,
     fill,
@@ -77,6 +82,47 @@ def place_imagenet(monkeypatch, path, state):
 
 
 # --- ImageNet's, and "auto" -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["bundled", "auto"])
+def test_bundled_weights_need_no_network(asked):
+    model = googlenet(weights=asked).eval()
+    assert model.weights_note.startswith("bundled weights (trained on crops of 16 photographs")
+    arch = model.architecture
+    assert (arch.norm, arch.branch5x5, arch.heads, arch.num_classes) == ("batch", "5x5", (), 16)
+    # As good as their card says, of half of the crops that it is about.
+    card = json.loads(BUNDLED.with_suffix(".json").read_text())
+    right = count = 0
+    for images, labels in PhotoCrops(size=64, test_size=512).test_batches(128):
+        with torch.no_grad():
+            right += int((model(images).argmax(1) == labels).sum())
+        count += len(labels)
+    assert right / count == pytest.approx(card["held_out_accuracy"]["64"], abs=0.05)
+    assert card["sha256"] == BUNDLED_SHA256
+
+
+def test_bundled_weights_are_small_and_no_branch_is_silent():
+    assert BUNDLED.stat().st_size < 14e6
+    summary = branch_summary(googlenet(weights="bundled"), calibration_images(96, 3))
+    assert summary.energy_ratio.min() > 0.02
+    assert (summary.dead < 0.5 * summary.channels).all()
+
+
+def test_damaged_bundled_weights_are_an_error(monkeypatch, tmp_path):
+    damaged = tmp_path / "bundled.safetensors"
+    damaged.write_bytes(BUNDLED.read_bytes()[:-1])
+    for path, digest in ((damaged, "SHA-256 is [0-9a-f]{64}"), (tmp_path / "none", "missing")):
+        monkeypatch.setattr(weights, "BUNDLED", path)
+        for asked in ("bundled", "auto"):
+            with pytest.raises(ValueError, match=rf"is damaged: its .*{digest}.*Install gnetlab"):
+                googlenet(weights=asked)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"aux": True}, {"width": 0.5}, {"num_classes": 10}, {"preset": "torchvision"}]
+)
+def test_auto_is_random_for_a_network_that_the_bundled_weights_do_not_fit(changes):
+    assert googlenet(weights="auto", **changes).weights_note.startswith("random weights (seed 0)")
 
 
 @pytest.mark.parametrize("asked", ["imagenet", "auto"])
@@ -438,7 +484,7 @@ def test_a_path_that_is_no_file(tmp_path, monkeypatch, name):
     os.mkdir("folder")
     with pytest.raises(FileNotFoundError, match=f"weights='{name}' asked: no such file") as caught:
         googlenet(weights=name)
-    assert "'imagenet', 'auto'" in str(caught.value)
+    assert "'imagenet', 'bundled', 'auto'" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["nowhere.pth", "nowhere.safetensors"])

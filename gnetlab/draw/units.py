@@ -214,13 +214,16 @@ def visualized_figure(images: np.ndarray, frame: pd.DataFrame, *, columns: int =
     `branch`, `channel`. Frames have the branch's colour.
     """
     blocks = list(frame.groupby("module", sort=False).indices.items())
-    heights = [-(-len(rows) // columns) for _, rows in blocks]
-    figure = _figure("page", 0.35 * len(blocks) + 0.95 * sum(heights) * 8 / columns)
-    parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for part, (module, rows), height in zip(parts, blocks, heights, strict=True):
-        part.suptitle(module, x=0.01, ha="left")
+    most = max(len(rows) for _, rows in blocks)
+    beside = max(1, min(len(blocks), columns // most))  # blocks in a row
+    wide, height = columns // beside, -(-most // (columns // beside))
+    lines = -(-len(blocks) // beside)
+    figure = _figure("page", lines * (0.35 + 0.95 * height * 8 / columns) + 0.1)
+    parts = figure.subfigures(lines, beside, squeeze=False).ravel()
+    for part, (module, rows) in zip(parts, blocks, strict=False):
+        part.suptitle(module, x=0.02, ha="left", fontsize=8)
         colour = style.BRANCH_COLORS.get(frame.branch.iloc[rows[0]], style.QUIET)
-        axes = part.subplots(height, columns, squeeze=False).ravel()
+        axes = part.subplots(height, wide, squeeze=False).ravel()
         for ax in axes[len(rows) :]:
             ax.remove()
         for ax, row in zip(axes, rows, strict=False):

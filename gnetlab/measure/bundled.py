@@ -28,9 +28,12 @@ from gnetlab.net.model import GoogLeNet, build
 
 RECIPE: dict[str, Any] = {
     # 64 classes: photograph and quarter turn; then 16: the photograph. `size` is the crops' side.
+    # The second phase restarts the first's learning rate (Loshchilov and Hutter 2017, as `train`).
     "phases": [
         {"quarters": True, "steps": 5000, "size": 64, "learning_rate": 0.1},
+        {"quarters": True, "steps": 6000, "size": 64, "learning_rate": 0.1},
         {"quarters": False, "steps": 1500, "size": 96, "learning_rate": 0.02},
+        {"quarters": False, "steps": 500, "size": 128, "learning_rate": 0.01},
     ],
     "batch_size": 64,
     "scale": [40, 180],  # side in the photographs, pixels
@@ -93,9 +96,9 @@ def train_bundled(
         train(
             model, data, steps=phase["steps"], batch_size=recipe["batch_size"],
             learning_rate=phase["learning_rate"], momentum=recipe["momentum"], nesterov=True,
-            cosine=True, weight_decay=weight_decay, seed=recipe["seed"], mixed_precision=True,
-            channels_last=True, checkpoint=path.with_suffix(f".phase{number}.pt"),
-            progress=progress,
+            cosine=True, weight_decay=weight_decay, seed=recipe["seed"] + number - 1,
+            mixed_precision=True, channels_last=True,
+            checkpoint=path.with_suffix(f".phase{number}.pt"), progress=progress,
         )  # fmt: skip
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor

@@ -68,7 +68,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError(
             f"{path} is an ONNX file, and the package onnx, which reads it, is not installed; "
-            "pip install 'gnetlab[onnx]'"
+            "pip install onnx"
         ) from error
     try:
         graph = onnx.load(path).graph

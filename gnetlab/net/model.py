@@ -286,10 +286,12 @@ def googlenet(
 ) -> GoogLeNet:
     """GoogLeNet from a preset ("paper", "torchvision", "cifar", "naive"), in training mode.
 
-    weights      None, "imagenet" (torchvision's; implies the torchvision preset), "auto",
-                 "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's own network; images
-                 are normalized as for any other), or the path of a checkpoint (.pth, .pt,
-                 .safetensors; our keys or torchvision's)
+    weights      None, "imagenet" (torchvision's; implies the torchvision preset), "bundled" (comes
+                 with gnetlab: paper preset, batch norm, no heads, the 16 classes of PhotoCrops),
+                 "auto" (the first where it can be had, else the second; random ones for a network
+                 that neither fits), "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's
+                 own network; images are normalized as for any other), or the path of a checkpoint
+                 (.pth, .pt, .safetensors; our keys or torchvision's)
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
     width        multiplies the channel counts, which stay at least 4
@@ -320,10 +322,11 @@ def googlenet(
 def _pretrained(
     preset: str | Architecture, weights: str | Path, changes: dict[str, Any], seed: int
 ) -> GoogLeNet:
-    found = loading.find(weights, seed=seed)
+    found = loading.find(weights)
     fitting = preset in ("paper", found.preset)
-    if weights == "auto":  # a changed network cannot take ImageNet's weights, and need not
+    if weights == "auto":  # a changed network, or one with heads, fits neither, and need not
         fitting = fitting and changes.keys() <= {"heads", "dropout", "head_dropout"}
+        fitting = fitting and not changes.get("heads")
     if found.preset and not fitting:
         if weights != "auto":
             raise ValueError(

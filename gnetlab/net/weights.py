@@ -1,6 +1,6 @@
 """Weights: find them, read them safely, and fit them into a network.
 
-`find()`                  what a `weights=` argument stands for: a file, or a seeded random start
+`find()`                  what a `weights=` argument stands for
 `read_checkpoint()`       a .pth, .pt, .safetensors or .onnx file as a state dict with our names
 `fill()`                  copy a state dict into a network, or say which keys and shapes differ
 `calibrate_batch_norm()`  running statistics for a random network, so that it can be looked at
@@ -25,6 +25,10 @@ from gnetlab.net import bvlc, data
 from gnetlab.net.architecture import Architecture
 
 IMAGENET_SHA256 = "1378be20"  # the first digits, as in the file's name (torch.hub's convention)
+
+# What `gnetlab train bundled` made; bundled.json beside it says how, and how good it is.
+BUNDLED = Path(__file__).with_name("bundled.safetensors")
+BUNDLED_SHA256 = "9c679e9bc9fcadec94771049e659cc662506a3561f31adc4e19aed92ecd45009"
 
 _TORCHVISION_NAMES = {
     "conv2.": "conv2_reduce.",
@@ -58,16 +62,19 @@ class Checkpoint(NamedTuple):
     architecture: dict[str, Any] | None
 
 
-def find(weights: str | Path, *, seed: int = 0) -> Found:
-    """Locate weights: "imagenet", "auto", "bvlc:PATH" or a path.
+def find(weights: str | Path) -> Found:
+    """Locate weights: "imagenet", "bundled", "auto", "bvlc:PATH" or a path.
 
-    ImageNet's are fetched into torch.hub's cache; BVLC's come from a file (see `gnetlab.net.bvlc`).
+    ImageNet's are fetched into torch.hub's cache; the bundled ones came with gnetlab; BVLC's come
+    from a file (see `gnetlab.net.bvlc`).
 
-    "auto" takes ImageNet's where they are in the cache or can be fetched, else a seeded random
-    start; a damaged cached file is an error, not a reason to fall back. Raises RuntimeError
-    without a network for "imagenet", ValueError for "bvlc" without a path, FileNotFoundError for
-    a path that is not there.
+    "auto" takes ImageNet's where they are in the cache or can be fetched, else the bundled ones; a
+    damaged file is an error, not a reason to fall back. Raises RuntimeError without a network for
+    "imagenet", ValueError for "bvlc" without a path, FileNotFoundError for a path that is not
+    there.
     """
+    if weights == "bundled":
+        return _bundled()
     if weights == "imagenet":
         try:
             return _imagenet()
@@ -80,21 +87,33 @@ def find(weights: str | Path, *, seed: int = 0) -> Found:
         try:
             return _imagenet()
         except OSError:
-            return random_start(seed)
+            return _bundled()
     original = bvlc.locate(weights)
     path = original or Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"weights={str(weights)!r} asked: no such file. Give 'imagenet', 'auto', 'bvlc:PATH', "
-            "None or the path of a .pth, .pt, .safetensors or .onnx file"
+            f"weights={str(weights)!r} asked: no such file. Give 'imagenet', 'bundled', 'auto', "
+            "'bvlc:PATH', None or the path of a .pth, .pt, .safetensors or .onnx file"
         )
     if original:
         return Found(path, bvlc.NOTE, "paper", {"transform_input": "caffe"})
     return Found(path, f"weights from {path.name}")
 
 
+def _bundled() -> Found:
+    digest = hashlib.sha256(BUNDLED.read_bytes()).hexdigest() if BUNDLED.is_file() else "missing"
+    if digest != BUNDLED_SHA256:
+        raise ValueError(
+            f"{BUNDLED} is damaged: its SHA-256 is {digest}, expected {BUNDLED_SHA256}. Install "
+            "gnetlab again"
+        )
+    note = "bundled weights (trained on crops of 16 photographs, not on ImageNet)"
+    changes = {"norm": "batch", "heads": (), "num_classes": 16}
+    return Found(BUNDLED, note, "paper", changes)
+
+
 def random_start(seed: int) -> Found:
-    """Seeded random weights with calibrated batch norm: what "auto" falls back to."""
+    """Seeded random weights with calibrated batch norm: for networks that no weights fit."""
     note = f"random weights (seed {seed}), batch norm calibrated on photographs"
     return Found(None, note, changes={"norm": "batch"})
 
