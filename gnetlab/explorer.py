@@ -46,7 +46,8 @@ def explore(
     size       side in pixels of the central square that the network sees
     targets    the class that is explained, by number or name, one or one per image (None: the
                predicted one)
-    classes    names of the classes (None: their numbers)
+    classes    names of the classes (None: `model.classes`, which pretrained networks have, or
+               their numbers)
     channels   of every branch keep only so many, the liveliest (None: all of them)
     method     of `branch_attribution`: "grad_cam", "gradient_x_activation" or "conductance"
 
@@ -57,6 +58,7 @@ def explore(
     Raises FileNotFoundError for an unknown image and ValueError for one that cannot be read, no
     images, another network, a class that it does not have, or more maps than a browser can hold.
     """
+    classes = classes or getattr(model, "classes", None)
     asked = {"size": size, "targets": targets, "classes": classes, "channels": channels}
     pictures = _measure(model, images, method=method, **asked)
     options = {"note": getattr(model, "weights_note", ""), "method": method}

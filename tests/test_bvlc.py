@@ -114,6 +114,7 @@ def test_the_network_is_the_papers_and_says_whose_weights_it_has(file):
     expected = PRESETS["paper"].change(heads=(), transform_input="caffe")
     assert model.architecture == expected
     assert model.weights_note == "BVLC GoogLeNet weights (the paper's network, true 5x5)"
+    assert (len(model.classes), model.classes[281]) == (1000, "tabby")
     assert sum(p.numel() for p in model.parameters()) == 6_998_552
     assert saved_architecture(dataclasses.asdict(expected), "run.pt") == expected
 
@@ -252,7 +253,7 @@ def test_weights_of_other_kinds_are_left_alone(tmp_path, monkeypatch):
 def test_without_the_package_onnx_the_error_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").touch()
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"a\.onnx is an ONNX file.*gnetlab\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"a\.onnx is an ONNX file.*pip install onnx"):
         googlenet(weights=tmp_path / "a.onnx")
 
 

@@ -192,6 +192,14 @@ def test_targets_by_number_and_name(model):
     assert "Gradient \\u00d7 activation" in method.html()
 
 
+def test_a_networks_own_classes_are_named_unless_others_are_given():
+    model = network()
+    model.classes = tuple(f"own {i}" for i in range(CLASSES))
+    own, given = (explore(model, "cat", size=SIDE, targets=3, classes=c)
+                  for c in (None, [f"given {i}" for i in range(CLASSES)]))  # fmt: skip
+    assert [e.pictures[0].target for e in (own, given)] == ["own 3 (3)", "given 3 (3)"]
+
+
 def test_errors_say_what_was_asked_and_what_to_try(model, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")

@@ -90,6 +90,7 @@ def test_bundled_weights_need_no_network(asked):
     assert model.weights_note.startswith("bundled weights (trained on crops of 16 photographs")
     arch = model.architecture
     assert (arch.norm, arch.branch5x5, arch.heads, arch.num_classes) == ("batch", "5x5", (), 16)
+    assert model.classes == PhotoCrops().classes
     # As good as their card says, of half of the crops that it is about.
     card = json.loads(BUNDLED.with_suffix(".json").read_text())
     right = count = 0
@@ -134,6 +135,7 @@ def test_imagenet_weights_give_torchvisions_outputs(hub, monkeypatch, torchvisio
     assert model.architecture == PRESETS["torchvision"].change(heads=(), transform_input=True)
     assert "ImageNet" in model.weights_note
     assert "3x3" in model.weights_note
+    assert (len(model.classes), model.classes[281]) == (1000, "tabby")
     x = images(96).double()
     expected = predict(theirs.double(), x)
     torch.testing.assert_close(predict(model.double(), x), expected, rtol=1e-5, atol=1e-5)

@@ -183,6 +183,7 @@ class PhotoCrops:
     its own reduction, which keeps aliasing low.
     """
 
+    classes = tuple(_PHOTOGRAPHS)
     TEST_SHARE = 0.2
     LARGEST = 512
 
@@ -194,7 +195,6 @@ class PhotoCrops:
         test_size: int = 1024,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.classes = tuple(_PHOTOGRAPHS)
         self.in_channels, self.size, self.scale, self.test_size = 3, size, scale, test_size
         self.device = torch.device(device)
         self._atlas, self._places = _atlas(self.LARGEST)

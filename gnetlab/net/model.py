@@ -188,6 +188,7 @@ class GoogLeNet(nn.Module):
         super().__init__()
         self.architecture = arch
         self.weights_note = "random weights"
+        self.classes: tuple[str, ...] | None = None  # their names, where the weights tell
         if arch.transform_input:
             self.input_transform = InputTransform(arch.transform_input)
         channels = self._build_stem(arch)
@@ -351,7 +352,7 @@ def _pretrained(
             base = base.change(heads=stored)
         model = build(base.change(**(found.changes | changes)))
         loading.fill(model, checkpoint.state, found.path)
-    model.weights_note = found.note
+    model.weights_note, model.classes = found.note, found.classes
     return model
 
 

@@ -46,13 +46,15 @@ class Found(NamedTuple):
     """What a `weights=` argument stands for.
 
     `path` is None for a random start; `preset` is the one the weights belong to (None: any);
-    `changes` are architecture fields they imply; `note` is the sentence that figures print.
+    `changes` are architecture fields they imply; `note` is the sentence that figures print;
+    `classes` are the names of what the network tells apart, where they are known.
     """
 
     path: Path | None
     note: str
     preset: str | None = None
     changes: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+    classes: tuple[str, ...] | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -96,7 +98,8 @@ def find(weights: str | Path) -> Found:
             "'bvlc:PATH', None or the path of a .pth, .pt, .safetensors or .onnx file"
         )
     if original:
-        return Found(path, bvlc.NOTE, "paper", {"transform_input": "caffe"})
+        changes = {"transform_input": "caffe"}
+        return Found(path, bvlc.NOTE, "paper", changes, _imagenet_classes())
     return Found(path, f"weights from {path.name}")
 
 
@@ -109,7 +112,7 @@ def _bundled() -> Found:
         )
     note = "bundled weights (trained on crops of 16 photographs, not on ImageNet)"
     changes = {"norm": "batch", "heads": (), "num_classes": 16}
-    return Found(BUNDLED, note, "paper", changes)
+    return Found(BUNDLED, note, "paper", changes, data.PhotoCrops.classes)
 
 
 def random_start(seed: int) -> Found:
@@ -143,7 +146,13 @@ def _imagenet() -> Found:
         )
     note = "ImageNet weights (torchvision IMAGENET1K_V1; its '5x5' branch is a 3x3)"
     changes = {"transform_input": True, "heads": ()}  # the checkpoint's heads are untrained
-    return Found(path, note, "torchvision", changes)
+    return Found(path, note, "torchvision", changes, _imagenet_classes())
+
+
+def _imagenet_classes() -> tuple[str, ...]:
+    from torchvision.models import GoogLeNet_Weights
+
+    return tuple(GoogLeNet_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
