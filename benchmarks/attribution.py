@@ -1,0 +1,91 @@
+"""Attribution of all 36 branches: one pass or one path here, one layer at a time in Captum.
+
+    python benchmarks/attribution.py [--rounds 3] [--steps 20] [--device auto] [--threads 1]
+
+Prints seconds and ratios, and how far the maps differ. Captum is asked for every branch, one after
+the other, as its interface has it; for conductance for one branch in six, and scaled up.
+One CPU thread is timed by its own clock, anything else by the wall's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from captum.attr import LayerConductance, LayerGradCam
+
+import gnetlab as gl
+from gnetlab.measure.latency import device_name, resolve_device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20, help="of the path")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = resolve_device(options.device)
+    own_clock = device.type == "cpu" and options.threads == 1
+    clock = time.thread_time if own_clock else time.perf_counter
+    print(
+        f"{device_name(device)}; torch {torch.__version__}, gnetlab {gl.__version__}, "
+        f"Python {platform.python_version()}; medians of {options.rounds} interleaved runs, "
+        f"{'CPU time' if own_clock else 'wall time'}"
+    )
+    model = gl.googlenet(weights="bundled").to(device).eval()
+    image = torch.randn(1, 3, 224, 224, device=device)
+    names = gl.branch_names(model)
+    some = names[::6]
+    path = {"n_steps": options.steps, "method": "riemann_trapezoid"}
+
+    def ours(method: str) -> dict[str, np.ndarray]:
+        return gl.branch_attribution(model, image, 0, method=method, steps=options.steps)
+
+    def grad_cam() -> dict[str, np.ndarray]:
+        maps = {}
+        for name in names:
+            captum = LayerGradCam(model, model.get_submodule(name))
+            found = captum.attribute(image, target=0, relu_attributions=True)
+            maps[name] = found[:, 0].detach().cpu().numpy()
+        return maps
+
+    def conductance() -> dict[str, np.ndarray]:
+        maps = {}
+        for name in some:
+            captum = LayerConductance(model, model.get_submodule(name))
+            maps[name] = captum.attribute(image, target=0, **path).sum(1).detach().cpu().numpy()
+        return maps
+
+    def seconds(run: Callable[[], object]) -> float:
+        start = clock()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    for method, captum, scale in (
+        ("grad_cam", grad_cam, 1.0),
+        ("conductance", conductance, len(names) / len(some)),
+    ):
+        mine, theirs = ours(method), captum()
+        largest = max(np.abs(values).max() for values in theirs.values())
+        apart = max(np.abs(mine[name] - values).max() for name, values in theirs.items()) / largest
+        pairs = [(seconds(lambda m=method: ours(m)), scale * seconds(captum))
+                 for _ in range(options.rounds)]  # fmt: skip
+        fast, slow = (statistics.median(times) for times in zip(*pairs, strict=True))
+        print(
+            f"\n{method}, {len(names)} branches, 224 x 224: gnetlab {fast:.2f} s, Captum "
+            f"{slow:.2f} s, ratio {slow / fast:.1f}; maps differ by {apart:.1e} of the largest "
+            "value (float32)"
+        )
+
+
+if __name__ == "__main__":
+    main()
