@@ -9,10 +9,11 @@ import scipy.stats
 import torch
 
 from gnetlab.measure import confound
-from gnetlab.measure.specialization import outputs
+from gnetlab.measure.specialization import channel_selectivity, outputs
 from gnetlab.measure.sweeps import closed_form
 from gnetlab.net.architecture import MODULES
 from gnetlab.net.data import PhotoCrops
+from gnetlab.net.weights import calibrate_batch_norm
 
 
 def test_variants_differ_only_in_what_they_should():
@@ -68,6 +69,18 @@ def test_confound_frame():
     )
     before, after = (frame[frame.trained == trained].advantage for trained in (False, True))
     assert (before.to_numpy() != after.to_numpy()).all()
+
+
+def test_before_training_batch_norm_is_set_from_a_batch():
+    data = PhotoCrops(size=32, test_size=16)
+    options = {"seeds": [1], "steps": 1, "kernels": ["3x3"], "layouts": ["paper"], "width": 0.1}
+    frame = confound.branch_confound(data, size=32, batch_size=2, progress=False, **options)
+    model = confound.build(confound._variant("3x3", "paper", 0.1, 16), init="kaiming", seed=1)
+    calibrate_batch_norm(model, data.train_batch(0, 64, 1)[0])
+    selectivity = channel_selectivity(model, size=32)
+    expected = dict(confound._advantages(selectivity, ("3a", "3b", "4a")))
+    before = frame[~frame.trained].set_index("property").advantage
+    assert before.to_dict() == pytest.approx(expected)
 
 
 def test_confound_asks_for_known_names():

@@ -198,3 +198,16 @@ def test_visualized_figure_puts_every_image_under_its_number():
     numbers = frame.channel.astype(str)
     assert shown == dict(zip(zip(modules, numbers, strict=True),
                              zip(range(5), colours, strict=True), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(("each", "rows"), [(2, 1), (8, 4), (3, 2), (16, 8)])
+def test_visualized_blocks_stand_side_by_side_where_they_fit(each, rows):
+    modules = [f"inception3a.branch{b}" for b in BRANCHES for _ in range(each)]
+    branches = [b for b in BRANCHES for _ in range(each)]
+    frame = pd.DataFrame({"module": modules, "branch": branches, "channel": range(len(modules))})
+    figure = units.visualized_figure(np.zeros((len(frame), 4, 4, 3), np.uint8), frame)
+    assert sum(len(part.axes) for part in figure.subfigs) == len(frame)
+    FigureCanvasAgg(figure).draw()
+    heights = {round(ax.get_position().y0 * part.bbox.height + part.bbox.y0)
+               for part in figure.subfigs for ax in part.axes}  # fmt: skip
+    assert len(heights) == rows
