@@ -21,7 +21,7 @@ from gnetlab.net.data import open_image, preprocess
 from gnetlab.report.page import write_notebook
 
 playwright = pytest.importorskip(
-    "playwright.sync_api", reason="needs playwright (pip install gnetlab[test])"
+    "playwright.sync_api", reason="needs playwright (pip install playwright)"
 )
 CHROMIUM = os.environ.get("GNETLAB_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
