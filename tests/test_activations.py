@@ -333,3 +333,13 @@ def test_looking_at_channels_restores_the_mode(image):
     except RuntimeError:
         assert image.shape[1] == 3
     assert [module.training for module in model.modules()] == modes
+
+
+def test_statistics_under_channels_last_and_autocast(batches, statistics):
+    model = small().to(memory_format=torch.channels_last)
+    images = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = branch_statistics(model, images)
+    for column in ("mean", "energy", "zero_fraction"):
+        scale = statistics[column].max()
+        np.testing.assert_allclose(half[column], statistics[column], rtol=0.1, atol=0.05 * scale)

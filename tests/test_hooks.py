@@ -355,3 +355,22 @@ def test_training_mode_is_refused_unless_asked_for():
         model(torch.randn(2, 3, 64, 64))
     assert "conv1" in maps
     assert not torch.equal(model.conv1.bn.running_mean, before)
+
+
+def test_channels_last_and_autocast_are_recorded_as_they_are():
+    model = gl.googlenet(width=0.1, seed=0).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    name = "inception4a.branch5x5"
+    with torch.no_grad(), gl.record(model, name) as plain:
+        model(images)
+    last = images.contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad(), gl.record(model, name) as maps:
+        model(last)
+    assert maps[name].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(maps[name], plain[name], rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), gl.record(model, name) as maps:
+        model(last)
+    assert maps[name].dtype == torch.bfloat16
+    scale = float(plain[name].abs().max())
+    torch.testing.assert_close(maps[name].float(), plain[name], rtol=0.1, atol=0.05 * scale)
