@@ -283,6 +283,22 @@ def test_effective_rank_of_known_covariances():
     assert plain < 9.7 < corrected < 10.3
 
 
+def test_effective_rank_of_hardly_anything_is_na():
+    model = small()
+    one = branch_summary(
+        model, torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    )
+    deep = one[one.stage.isin(["5a", "5b"])]  # one position
+    assert deep.effective_rank.isna().all()
+    assert (one.effective_rank.dropna() >= 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_random_control_has_the_networks_precision(batches, dtype):
+    control = random_control(small().to(dtype), batches[0].to(dtype))
+    assert {p.dtype for p in control.parameters()} == {dtype}
+
+
 def test_random_control_has_the_architecture_and_calibrated_batch_norm(batches):
     model = small()
     control = random_control(model, batches[0], seed=3)

@@ -55,10 +55,13 @@ def test_maps_equal_captums_layer_by_layer(maps, images, method):
         if method == "grad_cam":
             expected = LayerGradCam(model, layer).attribute(images, TARGETS)[:, 0].clamp(min=0)
         elif method == "conductance":
-            # Captum's default path, Gauss-Legendre's, leaves out both of its ends.
-            options = {"n_steps": 20, "method": "riemann_trapezoid"}
-            expected = LayerConductance(model, layer).attribute(images, target=TARGETS, **options)
-            expected = expected.sum(1)
+            # Captum's default path, Gauss-Legendre's, leaves out both of its ends. It weighs a step
+            # by the gradient at its start: along the path backwards, that is at its end.
+            options = {"target": TARGETS, "n_steps": 20, "method": "riemann_trapezoid"}
+            path, black = LayerConductance(model, layer), torch.zeros_like(images)
+            forth = path.attribute(images, black, **options)
+            back = path.attribute(black, images, **options)
+            expected = (forth - back).sum(1) / 2
         else:
             expected = LayerGradientXActivation(model, layer).attribute(images, TARGETS).sum(1)
         expected = expected.detach()
@@ -144,7 +147,7 @@ def test_names_choose_the_branches(maps, images, method):
 
 
 def test_an_unknown_name_is_an_error(images):
-    with pytest.raises(ValueError, match=r"no module 'inception3a\.branch7x7'"):
+    with pytest.raises(ValueError, match=r"no module 'inception3a\.branch7x7'.*branch5x5"):
         branch_attribution(small(), images, names=["conv1", "inception3a.branch7x7"])
 
 
@@ -194,17 +197,58 @@ def test_shares_sum_to_one_in_absolute_value(maps):
 
 
 def test_shares_by_hand():
+    nothing = np.zeros((2, 1, 1), np.float32)
     maps = {
         "inception3a.branch1x1": np.float32([[[1, 2], [3, 4]], [[0, 0], [0, 2]]]),  # 10 and 2
+        "inception3a.branch3x3": nothing,
+        "inception3a.branch5x5": nothing,
         "inception3a.branch_pool": np.float32([[[-1, -1], [0, 0]], [[0, 0], [-1, -1]]]),  # -2, -2
-        "inception4a.branch5x5": np.float32([[[-8]], [[2]]]),
+        "inception3a": nothing + 5,
     }
     shares = attribution_shares(maps).drop(columns="module")
     assert shares.to_numpy().tolist() == [
         ["3a", "1x1", 6.0, 0.75],
+        ["3a", "3x3", 0.0, 0.0],
+        ["3a", "5x5", 0.0, 0.0],
         ["3a", "pool", -2.0, -0.25],
-        ["4a", "5x5", -3.0, -1.0],
     ]
+
+
+def test_shares_need_all_branches_of_a_module():
+    with pytest.raises(ValueError, match="shares of 4a asked, but only its branches 5x5"):
+        attribution_shares({"inception4a.branch5x5": np.ones((1, 2, 2))})
+
+
+@pytest.mark.parametrize("targets", [5, -1, [0, 1], 1.5, torch.tensor([0, 1, 9]), "cat"])
+@pytest.mark.parametrize("attribute", [branch_attribution, image_attribution])
+def test_targets_that_are_no_classes_are_an_error(images, targets, attribute):
+    with pytest.raises(ValueError, match=r"asked for 3 images.* from 0 to 4"):
+        attribute(small(), images, targets)
+
+
+def test_a_head_that_does_not_run_is_an_error(images):
+    with pytest.raises(RuntimeError, match=r"'aux1' did not run.*training mode"):
+        branch_attribution(small(), images, names="aux1")
+
+
+def test_inference_mode_does_not_matter(maps, images, method):
+    name = "inception3b.branch3x3"
+    model = small()
+    with torch.inference_mode():
+        found = branch_attribution(model, images, TARGETS, names=[name], method=method)
+    np.testing.assert_allclose(found[name], maps[name], rtol=1e-6, atol=1e-12)
+
+
+def test_half_precision_is_attributed(images, method):
+    model = small().bfloat16()
+    found = branch_attribution(model, images.bfloat16(), TARGETS, method=method)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"window": 0}, {"window": 49}])
+def test_steps_and_window_have_bounds(images, options):
+    with pytest.raises(ValueError, match=r"steps=\d+, window=\d+ asked.* 1 to 48 px"):
+        image_attribution(small(), images, method="occlusion", **options)
 
 
 def test_by_stage_chooses_modules_and_an_image(maps):

@@ -9,6 +9,7 @@ from torch import nn
 
 import gnetlab as gl
 from gnetlab.measure import bundled
+from gnetlab.measure.training import train
 
 
 def test_conv1_starts_small():
@@ -41,10 +42,6 @@ def test_low_frequencies_of_noise_and_of_edges():
     assert bundled.low_frequency_energy(conv) < 0.1
 
 
-def model_classes(path):
-    return len(torch.load(path, weights_only=True)["model"]["fc.bias"])
-
-
 def test_photographs_are_told_without_their_turns():
     fc = nn.Linear(3, 8)
     features = torch.randn(5, 3)
@@ -64,8 +61,34 @@ def test_a_short_training_writes_weights_and_their_card(tmp_path, monkeypatch):
     assert json.loads(path.with_suffix(".json").read_text()) == card
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [phase["steps"] for phase in card["recipe"]["phases"]] == [2] * 4
-    assert model_classes(tmp_path / "new" / "weights.phase1.pt") == 64
+    assert not list(path.parent.glob("*.pt"))
     assert path.stat().st_size < 14e6
     model = gl.googlenet("paper", norm="batch", aux=False, num_classes=16, weights=path)
     assert model.conv1.conv.weight.dtype == torch.float32
     assert model.conv1.bn.running_mean.abs().sum() > 0
+
+
+def test_an_interrupted_training_goes_on_and_another_recipe_starts_anew(tmp_path, monkeypatch):
+    tame = {"size": 32, "learning_rate": 1e-3}
+    phases = [phase | tame for phase in bundled.RECIPE["phases"][1:3]]
+    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 2, "phases": phases})
+    monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {})
+    whole = bundled.train_bundled(tmp_path / "whole.safetensors", steps=2, progress=False)
+    path, ran = tmp_path / "cut.safetensors", []
+
+    def until_the_second(model, data, **options):
+        if len(ran) == 1:
+            raise KeyboardInterrupt
+        ran.append(len(data.classes))
+        return train(model, data, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bundled, "train", until_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            bundled.train_bundled(path, steps=2, progress=False)
+    assert ran == [64]
+    assert len(list(tmp_path.glob("cut.*-1.pt"))) == 1
+    other = bundled.train_bundled(path, steps=1, progress=False)  # not from the other's checkpoint
+    fresh = bundled.train_bundled(tmp_path / "fresh.safetensors", steps=1, progress=False)
+    assert other["sha256"] == fresh["sha256"] != whole["sha256"]
+    assert bundled.train_bundled(path, steps=2, progress=False)["sha256"] == whole["sha256"]

@@ -302,3 +302,17 @@ def test_on_a_gpu(planted):
         planted.to("cpu")
     on_cpu = visualize_channel(planted, "first", [0, 2], steps=8, size=32)
     assert found.frame.reached.tolist() == pytest.approx(on_cpu.frame.reached.tolist(), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_are_visualized(dtype):
+    model = googlenet(width=0.1, norm="batch", aux=False, seed=0).to(dtype)
+    found = visualize_channel(model, "inception3a", [0], steps=1, size=32)
+    assert found.images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("channels", [np.int64(1), torch.tensor([1]), np.array([1]), range(1, 2)])
+def test_channels_in_any_form(channels):
+    model = googlenet(width=0.1, norm="batch", aux=False, seed=0)
+    found = visualize_channel(model, "inception3a.branch3x3", channels, steps=0, size=32)
+    assert found.frame.channel.tolist() == [1]

@@ -139,7 +139,8 @@ def branch_summary(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> pd.D
     channel), `zero_fraction` (mean over channels), `dead` (channels that are zero everywhere),
     `effective_rank` (how many channels of equal, uncorrelated strength would vary like these:
     the participation ratio tr(C)^2 / tr(C^2) of their covariance C over images and positions,
-    corrected for the sample's size; NA where nothing varies), `rank_share` (of the channels).
+    corrected for the sample's size; NA where nothing varies, or the sample is too small to
+    tell), `rank_share` (of the channels).
 
     Neighbouring positions see nearly the same: give several images, or the rank comes out low.
     """
@@ -157,13 +158,14 @@ def branch_summary(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> pd.D
 
 def _effective_rank(moments: Moments) -> float:
     covariance = moments.covariance()
-    squares = covariance.square().sum().item()
-    if squares == 0:
+    # Below this the variance is what float32 products leave when the mean is taken off.
+    least = 1e-6 * moments.products.trace().item() / moments.count
+    if moments.count < 2 or covariance.trace().item() <= least:
         return float("nan")
-    ratio = covariance.trace().item() ** 2 / squares
+    ratio = covariance.trace().item() ** 2 / covariance.square().sum().item()
     # Of N independent samples even full-rank noise shows a ratio below N.
     corrected = 1 / ratio - 1 / moments.count
-    return 1 / corrected if corrected > 0 else float("nan")
+    return 1 / corrected if corrected > 1e-9 else float("nan")
 
 
 def random_control(model: GoogLeNet, images: Tensor, *, seed: int = 0) -> GoogLeNet:
@@ -172,7 +174,8 @@ def random_control(model: GoogLeNet, images: Tensor, *, seed: int = 0) -> GoogLe
     Its batch norm, if any, is calibrated on `images` (N x C x H x W): what a statistic shows here,
     it owes to the architecture and not to training.
     """
-    control = build(model.architecture, init="kaiming", seed=seed).to(images.device)
+    control = build(model.architecture, init="kaiming", seed=seed)
+    control = control.to(images.device, next(model.parameters()).dtype)
     with torch.no_grad():
         calibrate_batch_norm(control, images)
     return control.eval()

@@ -6,8 +6,10 @@
 `attribution_shares()`   how much of the decision passes through each branch
 
 Captum attributes to one layer at a time where these take all 36 branches from one pass (Grad-CAM)
-or one path (conductance); the numbers are the same. DeepLift is left out: on GoogLeNet its
-attributions do not add up to the difference they should explain.
+or one path (conductance). Grad-CAM's numbers are Captum's; conductance takes the mean of the
+gradients at both ends of a step where Captum takes the first, which is the mean of what Captum
+finds along the path and along the same path backwards, and adds up far better. DeepLift is left
+out: on GoogLeNet its attributions do not add up to the difference they should explain.
 """
 
 from __future__ import annotations
@@ -61,16 +63,15 @@ def branch_attribution(
 
     Maps have the branch's own resolution. Logits have no physical unit; maps of one image are
     comparable across branches of one module. The model is put into eval mode for the call.
+
+    Raises ValueError for unknown names (with the nearest), methods and classes, and RuntimeError
+    for a module that does not run in eval mode.
     """
     names = [names] if isinstance(names, str) else list(names or branch_names(model))
-    known = dict(model.named_modules())
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"no module {unknown[0]!r}; branches: branch_names(model)")
     if method not in METHODS:
         raise ValueError(f"method={method!r} asked; choose {_either(METHODS)}")
     if steps < 1:
-        raise ValueError(f"steps={steps} asked; a path has at least 1, and 20 come within 10%")
+        raise ValueError(f"steps={steps} asked; a path has at least 1 (the default is 20)")
     with in_mode(model, training=False):
         labels = _labels(model, images, targets)
         if method == "conductance":
@@ -92,10 +93,19 @@ def _either(choices: tuple[str, ...]) -> str:
 
 def _labels(model: nn.Module, images: Tensor, targets: Tensor | int | None) -> Tensor:
     """One class per image, on the images' device."""
+    with torch.no_grad():
+        logits = model(images)
     if targets is None:
-        with torch.no_grad():
-            return model(images).argmax(1)
-    return torch.as_tensor(targets, device=images.device).expand(len(images))
+        return logits.argmax(1)
+    given = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
+    count = logits.shape[1]
+    fits = given.dtype.kind in "iu" and given.shape in ((), (1,), (len(images),))
+    if not fits or (given < 0).any() or (given >= count).any():
+        raise ValueError(
+            f"targets={targets!r} asked for {len(images)} images; give one class or one for each, "
+            f"as whole numbers from 0 to {count - 1}, or None for the predicted ones"
+        )
+    return torch.as_tensor(given.astype(np.int64), device=images.device).expand(len(images))
 
 
 def _passed(
@@ -107,8 +117,16 @@ def _passed(
     def keep(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         outputs[name] = output
 
-    with torch.enable_grad(), observe(model, names, keep):
-        logits = model(images.detach().requires_grad_()).gather(1, labels[:, None])[:, 0]
+    inside = torch.inference_mode(False)
+    with inside, torch.enable_grad(), observe(model, names, keep):
+        logits = model(images.clone().detach().requires_grad_())
+        logits = logits.gather(1, labels.clone()[:, None])[:, 0]
+        silent = [name for name in names if name not in outputs]
+        if silent:
+            raise RuntimeError(
+                f"{silent[0]!r} did not run: auxiliary heads run only in training mode; give "
+                "branches, as branch_names(model) lists them"
+            )
         kept = [outputs[name] for name in names]
         gradients = torch.autograd.grad(logits.sum(), kept)
     pairs = [(output.detach(), g) for output, g in zip(kept, gradients, strict=True)]
@@ -135,11 +153,11 @@ def _conductance(
             first, maps = logits, [output.new_zeros(1) for output, _ in now]
         else:
             maps = [
-                total + (output - last).mul_(gradient).sum(1)
-                for total, (output, _), (last, gradient) in zip(maps, now, before, strict=True)
+                total + ((output - last) * (slope + gradient)).sum(1) / 2
+                for total, (output, slope), (last, gradient) in zip(maps, now, before, strict=True)
             ]
         before = now
-    return maps, (logits - first).cpu().numpy()
+    return maps, (logits - first).double().cpu().numpy()
 
 
 def image_attribution(
@@ -159,12 +177,18 @@ def image_attribution(
               1311.2901): what the logit loses behind a grey square of `window` pixels that moves by
               half of its side
 
-    The model is put into eval mode for the call. Raises ValueError for an unknown method.
+    The model is put into eval mode for the call. Raises ValueError for an unknown method or class,
+    no steps, or a window that does not fit into the image.
     """
     from captum.attr import IntegratedGradients, Occlusion
 
     if method not in IMAGE_METHODS:
         raise ValueError(f"method={method!r} asked; choose {_either(IMAGE_METHODS)}")
+    side = min(images.shape[2:])
+    if steps < 1 or not 1 <= window <= side:
+        raise ValueError(
+            f"steps={steps}, window={window} asked; give steps >= 1 and a window of 1 to {side} px"
+        )
     with in_mode(model, training=False):
         labels = _labels(model, images, targets)
         if method == "integrated_gradients":
@@ -186,14 +210,23 @@ def attribution_shares(maps: Mapping[str, np.ndarray]) -> pd.DataFrame:
     Columns: `module`, `stage`, `branch`, `attribution` (sum over positions, mean over images, in
     logits for gradient x activation and conductance), `share` (of the sum of absolute values over
     the module's branches; signed), and for conductance `completeness` (sum of the module's branches
-    over the logits' difference: 1 is exact).
+    over the logits' difference: 1 is exact). Maps of anything else than branches are left out.
+    Raises ValueError if some of a module's branches are missing: shares need all four.
     """
     rows = []
     for name, values in maps.items():
         stage, branch = locate(name)
+        if not branch:
+            continue
         total = float(values.sum(axis=(1, 2)).mean())
         rows.append({"module": name, "stage": stage, "branch": branch, "attribution": total})
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=["module", "stage", "branch", "attribution"])
+    for stage, found in frame.groupby("stage", sort=False).branch:
+        if len(found) < 4:
+            raise ValueError(
+                f"shares of {stage} asked, but only its branches {', '.join(found)} were "
+                "attributed; leave names= out, or name all four of a module"
+            )
     whole = frame.attribution.abs().groupby(frame.stage).transform("sum")
     frame = frame.assign(share=frame.attribution / whole)
     if getattr(maps, "difference", None) is not None:

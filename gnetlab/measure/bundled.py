@@ -76,15 +76,16 @@ def train_bundled(
 ) -> dict[str, Any]:  # fmt: skip
     """Train by the recipe, write `path` (safetensors, half precision) and `path`.json, its card.
 
-    An interrupted training goes on from the checkpoints beside `path`. `steps` shortens each
-    phase. Returns the card: recipe, accuracy on held-out crops without augmentation, SHA-256,
-    versions.
+    An interrupted training goes on from the checkpoints beside `path`, which belong to one recipe
+    and are removed at the end. `steps` shortens each phase. Returns the card: recipe, accuracy on
+    held-out crops without augmentation, SHA-256, versions.
     """
     from safetensors.torch import save_file
 
     path, device = Path(path), torch.device(device)
     phases = [phase | ({"steps": steps} if steps else {}) for phase in RECIPE["phases"]]
     recipe = RECIPE | {"phases": phases}
+    mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     model = start(recipe["seed"]).to(device)
     for number, phase in enumerate(phases, start=1):
         data = AugmentedCrops(
@@ -98,7 +99,7 @@ def train_bundled(
             learning_rate=phase["learning_rate"], momentum=recipe["momentum"], nesterov=True,
             cosine=True, weight_decay=weight_decay, seed=recipe["seed"] + number - 1,
             mixed_precision=True, channels_last=True,
-            checkpoint=path.with_suffix(f".phase{number}.pt"), progress=progress,
+            checkpoint=path.with_suffix(f".{mark}-{number}.pt"), progress=progress,
         )  # fmt: skip
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor
@@ -119,6 +120,8 @@ def train_bundled(
         "device": device.type,
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    for checkpoint in path.parent.glob(f"{path.stem}.{mark}-*.pt"):
+        checkpoint.unlink()
     return card
 
 

@@ -185,6 +185,8 @@ def specialization(
     It tests this one network: whether the same branch wins in another training is another matter.
     An untrained network passes too, since kernels and pooling filter: compare with one.
     """
+    if permutations < 1:
+        raise ValueError(f"permutations={permutations} asked; p needs some, 2000 by default")
     random = np.random.default_rng(seed)
     rows = []
     for (stage, group), name in product(selectivity.groupby("stage", sort=False), PROPERTIES):

@@ -102,7 +102,8 @@ def visualize_channel(
         raise ValueError(f"objective={objective!r} asked; choose 'channel' or 'neuron'")
     if steps < 0 or size < 1:
         raise ValueError(f"steps={steps}, size={size} asked; give steps >= 0 and size >= 1")
-    channels = [channels] if isinstance(channels, int) else list(channels)
+    channels = [channels] if isinstance(channels, int | np.integer) else list(channels)
+    channels = [c.item() if isinstance(c, Tensor) else c for c in channels]
     generator = torch.Generator().manual_seed(seed)
     like = next(model.parameters())
     with torch.enable_grad(), in_mode(model, training=False):
@@ -187,7 +188,8 @@ def _excitation(model: nn.Module, units: list[_Unit], objective: str, images: Te
 
     Below zero for a ReLU that is zero everywhere: what its largest input lacks.
     """
-    outputs = _outputs(model, {unit.watched for unit in units}, data.normalize(images * 255))
+    pixels = data.normalize(images * 255).to(images.dtype)
+    outputs = _outputs(model, {unit.watched for unit in units}, pixels)
     excited = []
     for i, unit in enumerate(units):
         values = outputs[unit.watched][i, unit.channel]
