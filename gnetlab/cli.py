@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def report(
         console = Console(highlight=False, soft_wrap=True)
         for job in jobs:
             if job.error:
-                console.print(f"[red]{job.name} {job.status}[/]: {job.error.splitlines()[0]}")
+                console.print(f"[red]{job.name} {job.status}[/]: {escape(job.error)}")
         console.print(f"Report: {index}")
         if publish:
             target = runner.notebooks_folder().parent / "figures"

@@ -104,13 +104,15 @@ def test_every_claim_says_where_from_and_by_what():
 def test_check_keeps_the_numbers_for_the_report(tmp_path):
     measured = VGG | {"mac_ratio": np.float64(9.8), "extra": np.arange(2)}
     claims.check("vgg-cost", measured, directory=tmp_path, figure="latency")
-    rows = {row["id"]: row for row in claims.collect({"01_compute_cost": tmp_path})}
+    folders = {"01_compute_cost": tmp_path, "03_auxiliary_heads": None}
+    rows = {row["id"]: row for row in claims.collect(folders)}
     assert list(rows) == list(claims.CLAIMS)
     assert rows["vgg-cost"]["measured"] == VGG | {"mac_ratio": 9.8, "extra": [0, 1]}
     assert rows["vgg-cost"]["figure"] == "latency"
     assert rows["depth-22"]["verdict"] == "not measured"
     assert rows["depth-22"]["reason"] == "the notebook did not get there"
-    assert rows["aux-gradient"]["reason"] == "03_auxiliary_heads was not run"
+    assert rows["aux-gradient"]["reason"] == "03_auxiliary_heads failed"
+    assert rows["sparse-slow"]["reason"] == "04_sparse_vs_dense was not run"
 
 
 def test_not_measured_needs_a_reason(tmp_path):

@@ -85,6 +85,12 @@ def test_open_image_makes_rgb_of_every_mode(tmp_path, mode):
     assert (pixels.shape, pixels.dtype) == ((20, 30, 3), np.uint8)
 
 
+def test_open_image_scales_16_bits(tmp_path):
+    deep = np.array([[0, 256, 32768, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert open_image(tmp_path / "deep.png").pixels[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
 def test_open_image_turns_a_photograph_upright(tmp_path):
     pixels, exif = noise(20, 30, 3), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # the camera was held turned: rotate 90 degrees clockwise

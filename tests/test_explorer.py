@@ -130,6 +130,10 @@ def test_an_exported_page_without_a_network(browser, tmp_path):
     page.keyboard.press("ArrowDown")
     check(frame, maps, channel=order[6])
 
+    frame.locator("#channel").fill("1.5")  # no channel: the field has its own again
+    frame.locator("#channel").press("Enter")
+    assert frame.locator("#channel").input_value() == str(order[6])
+
     frame.locator("#picture").select_option("coffee")
     frame.wait_for_function("gnetlab.state.picture === 1")
     check(frame, truth("coffee"), picture=1, stage="3b", branch="3x3", channel=order[6])
@@ -151,6 +155,8 @@ def test_an_exported_page_without_a_network(browser, tmp_path):
     page = browser.new_context(offline=True, java_script_enabled=False).new_page()
     page.goto(exported.as_uri())  # a reader without scripts
     assert page.locator("img[alt^=cat]").is_visible()
+    empty = page.wait_for_selector("iframe").content_frame()
+    assert not empty.locator("#slider").is_visible()  # nothing that would not move
 
 
 @pytest.mark.parametrize("width", [900, 600])

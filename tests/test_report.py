@@ -44,6 +44,23 @@ def test_parameters_are_checked_and_typed_before_anything_runs(tmp_path):
     assert two.parameters["steps"] == 9
 
 
+def test_files_are_found_from_where_the_command_was_given(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.ipynb", "", parameters=PARAMETERS + "\nimage = 'cat'")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").touch()
+    (tmp_path / "cat").mkdir()
+    for given, expected in {
+        "mine.png": str(tmp_path / "mine.png"),
+        "folder:cat": f"folder:{tmp_path / 'cat'}",
+        "./cat": str(tmp_path / "cat"),
+        "cat": "cat",  # the photograph
+        "nowhere.png": "nowhere.png",
+        "imagenette:imagenet": "imagenette:imagenet",
+    }.items():
+        (job,) = plan([path], {"image": given})
+        assert job.parameters["image"] == expected
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

@@ -498,3 +498,25 @@ def test_reading_a_missing_file(tmp_path, name):
 def test_weights_and_init_together():
     with pytest.raises(ValueError, match="weights='auto' and init='kaiming' asked; give one"):
         googlenet(weights="auto", init="kaiming")
+
+
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("torchvision", {"num_classes": 5, "width": 0.25}),
+        ("torchvision", {"num_classes": 5, "width": 0.25, "aux": False}),
+        ("paper", {"norm": "batch", "num_classes": 16, "aux": False, "width": 0.25}),
+        ("paper", {"num_classes": 3, "branch5x5": "3x3+3x3", "aux": False, "width": 0.5}),
+    ],
+)
+def test_a_bare_state_dict_says_what_network_it_is_of(tmp_path, preset, options):
+    made = googlenet(preset, seed=1, **options)
+    path = save(made.state_dict(), tmp_path / "bare.pth")
+    model = googlenet(weights=path)
+    assert same_state(model, made)
+    assert model.architecture.change(name="") == made.architecture.change(name="")
+
+
+def test_what_bundled_training_writes_loads_by_its_path():
+    model = googlenet(weights=BUNDLED)
+    assert same_state(model, googlenet(weights="bundled"))

@@ -213,7 +213,7 @@ class Explorer:
         alt = html.escape(_described(self.pictures[0], self.note))
         return (
             f'<div><iframe srcdoc="{html.escape(self.html())}" title="{html.escape(self.title)}" '
-            'style="width:100%;max-width:932px;height:960px;border:0"></iframe>'
+            'style="width:100%;max-width:932px;height:150px;border:0"></iframe>'
             f'<img src="data:image/png;base64,{still}" alt="{alt}" width="864"></div>'
         )
 

@@ -5,7 +5,8 @@
 
 The paper's network with batch norm and its true 5x5 branch learns which of 16 photographs a crop
 is from: first on small crops in any of four orientations, which it must tell too, since that needs
-oriented filters (Gidaris, Singh and Komodakis 2018, arXiv 1803.07728); then on larger upright ones.
+oriented filters (Gidaris, Singh and Komodakis 2018, arXiv 1803.07728); then on larger upright ones,
+at last without augmentation.
 Its lower layers learn what natural images have in common; its upper layers know these photographs,
 and not the world.
 """
@@ -27,13 +28,12 @@ from gnetlab.net.data import PhotoCrops
 from gnetlab.net.model import GoogLeNet, build
 
 RECIPE: dict[str, Any] = {
-    # 64 classes: photograph and quarter turn; then 16: the photograph. `size` is the crops' side.
-    # The second phase restarts the first's learning rate (Loshchilov and Hutter 2017, as `train`).
+    # Crops, and what is told of them: 64 classes, photograph and quarter turn; 16, the photograph;
+    # the same of crops as they are, whose colours say much. `size` is the crops' side in pixels.
     "phases": [
-        {"quarters": True, "steps": 5000, "size": 64, "learning_rate": 0.1},
-        {"quarters": True, "steps": 6000, "size": 64, "learning_rate": 0.1},
-        {"quarters": False, "steps": 1500, "size": 96, "learning_rate": 0.02},
-        {"quarters": False, "steps": 500, "size": 128, "learning_rate": 0.01},
+        {"crops": "turned", "steps": 5000, "size": 64, "learning_rate": 0.1},
+        {"crops": "augmented", "steps": 1500, "size": 96, "learning_rate": 0.02},
+        {"crops": "plain", "steps": 800, "size": 96, "learning_rate": 0.01},
     ],
     "batch_size": 64,
     "scale": [40, 180],  # side in the photographs, pixels
@@ -88,17 +88,14 @@ def train_bundled(
     mark = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     model = start(recipe["seed"]).to(device)
     for number, phase in enumerate(phases, start=1):
-        data = AugmentedCrops(
-            size=phase["size"], scale=tuple(recipe["scale"]), quarters=phase["quarters"],
-            device=device,
-        )  # fmt: skip
+        data = _crops(phase["crops"], phase["size"], device)
         if len(data.classes) != model.fc.out_features:  # the photograph's 4 rows become 1
             _pool_classes(model.fc)
         train(
             model, data, steps=phase["steps"], batch_size=recipe["batch_size"],
             learning_rate=phase["learning_rate"], momentum=recipe["momentum"], nesterov=True,
-            cosine=True, weight_decay=weight_decay, seed=recipe["seed"] + number - 1,
-            mixed_precision=True, channels_last=True,
+            cosine=True, weight_decay=weight_decay, seed=recipe["seed"], mixed_precision=True,
+            channels_last=True,
             checkpoint=path.with_suffix(f".{mark}-{number}.pt"), progress=progress,
         )  # fmt: skip
     state = {
@@ -123,6 +120,13 @@ def train_bundled(
     for checkpoint in path.parent.glob(f"{path.stem}.{mark}-*.pt"):
         checkpoint.unlink()
     return card
+
+
+def _crops(kind: str, size: int, device: torch.device) -> PhotoCrops:
+    options: dict[str, Any] = {"size": size, "scale": tuple(RECIPE["scale"]), "device": device}
+    if kind == "plain":
+        return PhotoCrops(**options)
+    return AugmentedCrops(quarters=kind == "turned", **options)
 
 
 def _pool_classes(fc: nn.Linear) -> None:

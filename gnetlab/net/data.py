@@ -109,6 +109,8 @@ def open_image(image: str | Path) -> Photograph:
     try:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)  # as the camera was held
+            if upright.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
+                upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
             pixels = np.asarray(upright.convert("RGB"))
     except _UNREADABLE as error:
         raise ValueError(

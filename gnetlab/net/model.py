@@ -292,7 +292,8 @@ def googlenet(
                  "auto" (the first where it can be had, else the second; random ones for a network
                  that neither fits), "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's
                  own network; images are normalized as for any other), or the path of a checkpoint
-                 (.pth, .pt, .safetensors; our keys or torchvision's)
+                 (.pth, .pt, .safetensors; our keys or torchvision's), from which classes, norm,
+                 width and kernels are taken
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
     width        multiplies the channel counts, which stay at least 4
@@ -345,9 +346,15 @@ def _pretrained(
     else:
         checkpoint = loading.read_checkpoint(found.path)
         base = architecture(found.preset or preset)
-        if checkpoint.architecture and preset == "paper":
+        saved = checkpoint.architecture and preset == "paper"
+        if saved:
             base = loading.saved_architecture(checkpoint.architecture, found.path)
-        elif "heads" not in changes:
+        elif preset == "paper" and found.preset is None:
+            fields = loading.implied(checkpoint.state)
+            if fields.get("norm") == "batch" and fields.get("branch5x5") == "3x3":
+                base = architecture("torchvision")
+            base = base.change(**fields)
+        if "heads" not in changes and not saved:
             stored = tuple(h for h in base.heads if f"{h}.fc1.weight" in checkpoint.state)
             base = base.change(heads=stored)
         model = build(base.change(**(found.changes | changes)))

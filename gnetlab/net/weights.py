@@ -2,6 +2,7 @@
 
 `find()`                  what a `weights=` argument stands for
 `read_checkpoint()`       a .pth, .pt, .safetensors or .onnx file as a state dict with our names
+`implied()`               what a state dict's names and shapes tell about its network
 `fill()`                  copy a state dict into a network, or say which keys and shapes differ
 `calibrate_batch_norm()`  running statistics for a random network, so that it can be looked at
 
@@ -219,6 +220,27 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def implied(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Fields of the architecture that names and shapes in a state dict tell.
+
+    >>> implied({"fc.weight": torch.zeros(5, 512), "conv1.conv.weight": torch.zeros(32, 3, 7, 7)})
+    {'num_classes': 5, 'width': 0.5}
+    """
+    fields: dict[str, Any] = {}
+    if "fc.weight" in state and state["fc.weight"].dim() == 2:
+        fields["num_classes"] = len(state["fc.weight"])
+    if any(".bn." in key for key in state):
+        fields["norm"] = "batch"
+    first = state.get("conv1.conv.weight")
+    if first is not None and first.shape[-1] == 7:  # the paper's stem
+        fields["width"] = len(first) / 64
+    kernel = state.get("inception3a.branch5x5.conv.conv.weight")
+    if kernel is not None and kernel.shape[-1] == 3:
+        twice = "inception3a.branch5x5.conv2.conv.weight" in state
+        fields["branch5x5"] = "3x3+3x3" if twice else "3x3"
+    return fields
+
+
 def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy `state` into `model`; heads that the model lacks are left out.
 
@@ -245,7 +267,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None
         ]
         raise ValueError(
             f"{source} does not fit this network:\n" + "\n".join(lines) + "\n"
-            "Choose the preset, num_classes, width or norm that the file was made with"
+            "Choose the preset, num_classes, width or norm that the weights were made with"
         )
     model.load_state_dict(state, strict=False)
 

@@ -408,11 +408,11 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be kept with a claim; give a number or text")
 
 
-def collect(directories: Mapping[str, Path]) -> list[dict[str, Any]]:
+def collect(directories: Mapping[str, Path | None]) -> list[dict[str, Any]]:
     """Every claim in order: its kept verdict, or "not measured".
 
-    `directories` maps a notebook's name to its output folder. A claim whose notebook is not among
-    them, or left no verdict (it failed before), says so.
+    `directories` maps a notebook's name to its output folder, or None if it failed. A claim whose
+    notebook is not among them, failed, or left no verdict says so.
     """
     rows = []
     for claim in CLAIMS.values():
@@ -421,9 +421,10 @@ def collect(directories: Mapping[str, Path]) -> list[dict[str, Any]]:
         if kept and kept.is_file():
             rows.append(json.loads(kept.read_text(encoding="utf-8")))
             continue
-        reason = (
-            f"{claim.notebook} was not run" if folder is None else "the notebook did not get there"
-        )
+        reason = "the notebook did not get there"
+        if folder is None:
+            happened = "failed" if claim.notebook in directories else "was not run"
+            reason = f"{claim.notebook} {happened}"
         verdict = Verdict(claim.id, NOT_MEASURED, reason, {}, None, claim.notebook, claim.text,
                           claim.source, claim.criterion)  # fmt: skip
         rows.append(asdict(verdict))

@@ -181,6 +181,10 @@ def _literal(text: str) -> Any:
 
 def _typed(name: str, text: str, default: Any) -> Any:
     if isinstance(default, str):
+        # Notebooks run in folders of their own: what is a file here must stay one there.
+        kind, colon, path = text.rpartition(":")
+        if (colon or os.sep in path or Path(path).suffix) and path and Path(path).exists():
+            return f"{kind}{colon}{Path(path).resolve()}"
         return text
     try:
         value = yaml.safe_load(text)
@@ -349,7 +353,7 @@ def _manifest(
         }
         for job in jobs
     ]
-    done = {job.name: job.folder for job in jobs if job.folder and job.status == "done"}
+    folders = {job.name: job.folder if job.status == "done" else None for job in jobs}
     return {
         "schema": 1,
         "command": command,
@@ -360,7 +364,7 @@ def _manifest(
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "notebooks": entries,
-        "claims": claims.collect(done),
+        "claims": claims.collect(folders),
     }
 
 
