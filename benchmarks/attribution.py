@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from captum.attr import LayerConductance, LayerGradCam
+from torch import Tensor
 
 import gnetlab as gl
 from gnetlab.measure.latency import device_name, resolve_device
@@ -41,6 +42,7 @@ def main() -> None:
     )
     model = gl.googlenet(weights="bundled").to(device).eval()
     image = torch.randn(1, 3, 224, 224, device=device)
+    black = torch.zeros_like(image)
     names = gl.branch_names(model)
     some = names[::6]
     path = {"n_steps": options.steps, "method": "riemann_trapezoid"}
@@ -56,11 +58,12 @@ def main() -> None:
             maps[name] = found[:, 0].detach().cpu().numpy()
         return maps
 
-    def conductance() -> dict[str, np.ndarray]:
+    def conductance(start: Tensor = black, end: Tensor = image) -> dict[str, np.ndarray]:
         maps = {}
         for name in some:
             captum = LayerConductance(model, model.get_submodule(name))
-            maps[name] = captum.attribute(image, target=0, **path).sum(1).detach().cpu().numpy()
+            found = captum.attribute(end, start, target=0, **path)
+            maps[name] = found.sum(1).detach().cpu().numpy()
         return maps
 
     def seconds(run: Callable[[], object]) -> float:
@@ -75,6 +78,9 @@ def main() -> None:
         ("conductance", conductance, len(names) / len(some)),
     ):
         mine, theirs = ours(method), captum()
+        if method == "conductance":  # gnetlab's is the mean of Captum's in both directions
+            back = conductance(image, black)
+            theirs = {name: (values - back[name]) / 2 for name, values in theirs.items()}
         largest = max(np.abs(values).max() for values in theirs.values())
         apart = max(np.abs(mine[name] - values).max() for name, values in theirs.items()) / largest
         pairs = [(seconds(lambda m=method: ours(m)), scale * seconds(captum))

@@ -92,20 +92,27 @@ def _either(choices: tuple[str, ...]) -> str:
 
 
 def _labels(model: nn.Module, images: Tensor, targets: Tensor | int | None) -> Tensor:
-    """One class per image, on the images' device."""
-    with torch.no_grad():
-        logits = model(images)
+    """One class per image, on the images' device; `_logits` sees whether the network has it."""
     if targets is None:
-        return logits.argmax(1)
+        with torch.no_grad():
+            return model(images).argmax(1)
     given = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
-    count = logits.shape[1]
-    fits = given.dtype.kind in "iu" and given.shape in ((), (1,), (len(images),))
-    if not fits or (given < 0).any() or (given >= count).any():
+    if given.dtype.kind not in "iu" or given.shape not in ((), (1,), (len(images),)):
         raise ValueError(
             f"targets={targets!r} asked for {len(images)} images; give one class or one for each, "
-            f"as whole numbers from 0 to {count - 1}, or None for the predicted ones"
+            "as whole numbers, or None for the predicted ones"
         )
     return torch.as_tensor(given.astype(np.int64), device=images.device).expand(len(images))
+
+
+def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The labels' logits: N."""
+    logits = model(images)
+    last = logits.shape[1] - 1
+    wrong = labels[(labels < 0) | (labels > last)].tolist()
+    if wrong:
+        raise ValueError(f"class {wrong[0]} asked as a target; the network has 0 to {last}")
+    return logits.gather(1, labels[:, None])[:, 0]
 
 
 def _passed(
@@ -119,8 +126,7 @@ def _passed(
 
     inside = torch.inference_mode(False)
     with inside, torch.enable_grad(), observe(model, names, keep):
-        logits = model(images.clone().detach().requires_grad_())
-        logits = logits.gather(1, labels.clone()[:, None])[:, 0]
+        logits = _logits(model, images.clone().detach().requires_grad_(), labels.clone())
         silent = [name for name in names if name not in outputs]
         if silent:
             raise RuntimeError(
@@ -191,6 +197,8 @@ def image_attribution(
         )
     with in_mode(model, training=False):
         labels = _labels(model, images, targets)
+        with torch.no_grad():
+            _logits(model, images, labels)
         if method == "integrated_gradients":
             found = IntegratedGradients(model).attribute(
                 images, target=labels, n_steps=steps, internal_batch_size=8
