@@ -259,7 +259,7 @@ PUBLISHED: tuple[Count, ...] = (
     Count("3b", "curve-related", "5x5", 30, 30, 1e-20, "text"),
     Count("4a", "boundary", "3x3", 49, 52, None, "labels"),
     Count("4a", "colour centre-surround", "1x1", 23, 23, None, "labels"),
-    # 24 of 28 by a narrower reading of the label; the conclusion is the same.
+    # 24 of 28 is quoted too; the conclusion is the same.
     Count("4a", "complex shapes", "5x5", 29, 38, None, "labels"),
 )
 
