@@ -74,7 +74,7 @@ def train_bundled(
     path: str | Path, *, device: torch.device | str = "cpu", steps: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train by the recipe, write `path` (safetensors, half precision) and its card beside it, .json.
+    """Train by the recipe; write `path` (safetensors, half precision) and, as .json, its card.
 
     An interrupted training goes on from the checkpoints beside `path`, which belong to one recipe
     and are removed at the end. `steps` shortens each phase. Returns the card: recipe, accuracy on
