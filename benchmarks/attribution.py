@@ -9,37 +9,20 @@ One CPU thread is timed by its own clock, anything else by the wall's.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from captum.attr import LayerConductance, LayerGradCam
+from machine import prepare
 from torch import Tensor
 
 import gnetlab as gl
-from gnetlab.measure.latency import device_name, resolve_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20, help="of the path")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = resolve_device(options.device)
-    own_clock = device.type == "cpu" and options.threads == 1
-    clock = time.thread_time if own_clock else time.perf_counter
-    print(
-        f"{device_name(device)}; torch {torch.__version__}, gnetlab {gl.__version__}, "
-        f"Python {platform.python_version()}; medians of {options.rounds} interleaved runs, "
-        f"{'CPU time' if own_clock else 'wall time'}"
-    )
+    options, machine = prepare(__doc__, rounds=3, steps=(20, "of the path"))
+    device = machine.device
     model = gl.googlenet(weights="bundled").to(device).eval()
     image = torch.randn(1, 3, 224, 224, device=device)
     black = torch.zeros_like(image)
@@ -66,13 +49,6 @@ def main() -> None:
             maps[name] = found.sum(1).detach().cpu().numpy()
         return maps
 
-    def seconds(run: Callable[[], object]) -> float:
-        start = clock()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return clock() - start
-
     for method, captum, scale in (
         ("grad_cam", grad_cam, 1.0),
         ("conductance", conductance, len(names) / len(some)),
@@ -83,7 +59,7 @@ def main() -> None:
             theirs = {name: (values - back[name]) / 2 for name, values in theirs.items()}
         largest = max(np.abs(values).max() for values in theirs.values())
         apart = max(np.abs(mine[name] - values).max() for name, values in theirs.items()) / largest
-        pairs = [(seconds(lambda m=method: ours(m)), scale * seconds(captum))
+        pairs = [(machine.timed(lambda m=method: ours(m)), scale * machine.timed(captum))
                  for _ in range(options.rounds)]  # fmt: skip
         fast, slow = (statistics.median(times) for times in zip(*pairs, strict=True))
         print(

@@ -9,20 +9,15 @@ variants take turns in every round, and a ratio is the median over rounds, as in
 
 from __future__ import annotations
 
-import argparse
 import copy
-import platform
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 import torchvision
-from hooks import measure  # beside this file
+from machine import Machine, measure, prepare
 from torch import Tensor, nn
 
 import gnetlab as gl
-from gnetlab.measure.latency import device_name, resolve_device
 from gnetlab.net.fuse import fuse
 
 BASE = "torchvision, contiguous"
@@ -59,11 +54,11 @@ def show(
     models: dict[str, nn.Module],
     images: Tensor,
     rounds: int,
-    clock: Callable[[], float],
+    machine: Machine,
 ) -> None:
     runs = {name: lambda model=model: model(images) for name, model in models.items()}
     with torch.inference_mode():
-        seconds = measure(runs, rounds, images.device, clock)
+        seconds = measure(runs, rounds, machine)
     base = seconds[BASE]
     kind = str(images.dtype).removeprefix("torch.")
     print(f"\nbatch {len(images)}, 224 x 224, {kind}: {BASE} {statistics.median(base):.4f} s")
@@ -74,20 +69,8 @@ def show(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = resolve_device(options.device)
-    own_clock = device.type == "cpu" and options.threads == 1
-    clock = time.thread_time if own_clock else time.perf_counter
-    print(
-        f"{device_name(device)}; torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"gnetlab {gl.__version__}, Python {platform.python_version()}; medians of "
-        f"{options.rounds} interleaved runs, {'CPU time' if own_clock else 'wall time'}"
-    )
+    options, machine = prepare(__doc__)
+    device = machine.device
     settings = [(1, torch.float32), (8, torch.float32)]
     if device.type == "cuda":
         settings.append((256, torch.bfloat16))
@@ -97,7 +80,7 @@ def main() -> None:
         if device.type == "cuda" and batch_size in (1, 256):
             with torch.inference_mode():
                 models["fused, compiled"] = compiled(models["fused"], images)
-        show(models, images, options.rounds, clock)
+        show(models, images, options.rounds, machine)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,16 @@ ratios carry over. torchlens (pip install torchlens) is compared where it is ins
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
+from machine import Machine, measure, prepare
 from torch import Tensor
 
 import gnetlab as gl
 from gnetlab.measure.activations import branch_statistics
-from gnetlab.measure.latency import device_name, resolve_device
 from gnetlab.net.model import GoogLeNet, Inception
 
 
@@ -56,16 +53,14 @@ def variants(model: GoogLeNet, images: Tensor) -> dict[str, Callable[[], object]
     }
 
 
-def torchlens_seconds(model: GoogLeNet, images: Tensor, clock: Callable[[], float]) -> float | None:
+def torchlens_seconds(model: GoogLeNet, images: Tensor, machine: Machine) -> float | None:
     """Of one pass that keeps the same 36 maps; None where torchlens is not installed."""
     try:
         import torchlens
     except ImportError:
         return None
-    start = clock()
     log = getattr(torchlens, "log_forward_pass", None) or torchlens.trace
-    log(model, images)
-    return clock() - start
+    return machine.timed(lambda: log(model, images))
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
@@ -110,48 +105,17 @@ def _in_use(device: torch.device) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(
-    runs: dict[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    clock: Callable[[], float],
-) -> dict[str, list[float]]:
-    """Seconds of every round by variant; one more round before warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, run in runs.items():
-            start = clock()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if round_:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = resolve_device(options.device)
-    own_clock = device.type == "cpu" and options.threads == 1
-    print(
-        f"{device_name(device)}; torch {torch.__version__}, gnetlab {gl.__version__}, "
-        f"Python {platform.python_version()}; medians of {options.rounds} interleaved runs, "
-        f"{'CPU time' if own_clock else 'wall time'}"
-    )
+    options, machine = prepare(__doc__)
+    device = machine.device
     model = gl.googlenet("torchvision", seed=0).to(device).eval()
     for batch_size in (1, 8):
         images = torch.randn(batch_size, 3, 224, 224, device=device)
         with torch.no_grad():
-            clock = time.thread_time if own_clock else time.perf_counter
             runs = variants(model, images)
-            seconds = measure(runs, options.rounds, device, clock)
+            seconds = measure(runs, options.rounds, machine)
             memory = {name: peak_memory(run, device) for name, run in runs.items()}
-            lens = torchlens_seconds(model, images, clock)
+            lens = torchlens_seconds(model, images, machine)
         plain = seconds["plain forward"]
         print(f"\nbatch {batch_size}, 224 x 224: plain forward {statistics.median(plain):.4f} s")
         for name, times in seconds.items():

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gnetlab.cli import app
+from gnetlab.report import page, runner
 
 
 @pytest.fixture
@@ -120,6 +121,18 @@ def test_wrong_usage_exits_with_2_and_says_what_to_try(arguments, message, run, 
     assert result.exit_code == 2, result.output
     assert re.search(message, result.output + result.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_notebook_is_named_with_its_whole_error(run, monkeypatch, tmp_path):
+    def failing(jobs, _output, **_options):
+        jobs[0].status, jobs[0].error = "failed", "ValueError: it does not fit:\n[bold]missing[/] 3"
+        return {}
+
+    monkeypatch.setattr(runner, "run", failing)
+    monkeypatch.setattr(page, "write_index", lambda *_: tmp_path / "index.html")
+    result = run("report", "04", "--output", str(tmp_path))
+    assert "04_sparse_vs_dense failed: ValueError: it does not fit:" in result.output
+    assert "[bold]missing[/] 3" in result.output
 
 
 def test_info_says_what_is_here(run):

@@ -244,3 +244,8 @@ def test_published_counts_have_the_published_p():
                  [row.units - row.inside,
                   row.width - row.branch_width - row.units + row.inside]]  # fmt: skip
         assert scipy.stats.fisher_exact(table, "greater").pvalue == pytest.approx(row.p)
+
+
+def test_p_needs_permutations():
+    with pytest.raises(ValueError, match="permutations=0 asked; p needs some"):
+        spec.specialization(channels(np.random.default_rng(0)), permutations=0)
