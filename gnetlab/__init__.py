@@ -22,7 +22,8 @@ _HOME = {
     "receptive_fields": "measure.receptive",
     "explore": "explorer",
     "gradient_flow": "measure.gradients",
-    "train": "measure.training",
+    "train": "measure.loop",
+    "study": "measure.training",
 }
 __version__ = "0.1.0"
 __all__ = [*_HOME]

@@ -119,6 +119,8 @@ def test_bad_choice_says_what_was_asked_and_what_there_is(field, value, choices)
         ("width", -1.0),
         ("width", 17),
         ("width", float("nan")),
+        ("extra_modules", -1),
+        ("extra_modules", 1.0),
     ],
 )
 def test_number_out_of_range(field, value):

@@ -9,7 +9,7 @@ from torch import nn
 
 import gnetlab as gl
 from gnetlab.measure import bundled
-from gnetlab.measure.training import train
+from gnetlab.measure.loop import train
 
 
 def test_conv1_starts_small():

@@ -20,6 +20,13 @@ SPARSE = {"ratios_90": {"3a": 1.5, "4a": 2.0}, "ratios_99": {"3a": 1.0, "4a": 1.
 PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
 
 
+def difference(low, high):
+    return {"mean": (low + high) / 2, "low": low, "high": high, "seeds": 5}
+
+
+REGULAR = {"gap": difference(-0.03, -0.01), "test": difference(-0.01, 0.02)}
+
+
 @pytest.mark.parametrize(
     ("claim", "measured", "verdict"),
     [
@@ -55,6 +62,19 @@ PARTS = {"difference": 3e-7, "zero_share": 0.59, "speedup": 2.4}
             CORRELATED | {"z_random": dict.fromkeys(STAGES, 10.0)},
             "not supported",
         ),
+        ("aux-regularize", REGULAR, "supported"),
+        ("aux-regularize", REGULAR | {"test": difference(-0.02, -0.01)}, "depends"),
+        ("aux-regularize", REGULAR | {"gap": difference(-0.02, 0.01)}, "not supported"),
+        (
+            "aux-regularize",
+            {"gap": difference(-0.02, 0.01), "test": difference(0.01, 0.02)},
+            "depends",
+        ),
+        (
+            "aux-regularize",
+            {"gap": difference(0.01, 0.02), "test": difference(-0.02, 0.01)},
+            "not supported",
+        ),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, "depends"),
         ("aux-gradient", {"ratios": {"a": 1.2, "b": 1.0}}, "not supported"),
@@ -86,13 +106,28 @@ def test_verdict_follows_from_the_numbers(claim, measured, verdict, tmp_path):
 def test_depends_names_the_condition(tmp_path):
     judged = claims.check("depth-22", DEPTH | {"rows_that_disagree": ["5a"]}, directory=tmp_path)
     assert "5a" in judged.reason
-    judged = claims.check("aux-gradient", {"ratios": {"a": 12.0, "b": 1.0}}, directory=tmp_path)
-    assert "yes for (a) only" in judged.reason
     some = SPARSE | {"ratios_99": {"3a": 0.6, "4a": 1.1}}
     judged = claims.check("sparse-slow", some, directory=tmp_path)
     assert judged.reason.startswith("CSR is faster at 99% for (3a); ")
     judged = claims.check("dense-parts", PARTS | {"speedup": 1.4}, directory=tmp_path)
     assert "hardly faster on this device" in judged.reason
+
+
+def test_what_heads_do_to_the_gradient_is_said_in_few_words(tmp_path):
+    ratios = {"a": 12.0, "b": 2.0, "c": 1.25, "d": 0.5}
+    escaped = {"escaped_with_heads": 3, "escaped_without_heads": 0, "seeds": 3, "steps": 240}
+    judged = claims.check("aux-gradient", {"ratios": ratios, **escaped}, directory=tmp_path)
+    assert judged.verdict == "depends"
+    assert judged.reason == (
+        "in 2 of 4 configurations; gradient at conv1 with heads over without, at initialization: "
+        "(a) 12x; (b) 2x; in 2 other configurations 0.5x to 1.25x. Left the plateau in 240 steps: "
+        "3 of 3 seeds with heads, 0 of 3 without"
+    )
+
+
+def test_intervals_are_in_percentage_points(tmp_path):
+    reason = claims.check("aux-regularize", REGULAR, directory=tmp_path).reason
+    assert "gap -2.0 [-3.0, -1.0], test accuracy +0.5 [-1.0, +2.0], 5 seeds" in reason
 
 
 def test_every_claim_says_where_from_and_by_what():

@@ -9,7 +9,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from gnetlab.measure.training import evaluate
+from gnetlab.measure.loop import evaluate
 from gnetlab.net import data, datasets
 from gnetlab.net.data import DEVIATION, MEAN, load
 from gnetlab.net.datasets import CIFAR10, IMAGENET_CLASSES, Imagenette

@@ -29,30 +29,6 @@ def costs() -> pd.DataFrame:
 
 
 @pytest.fixture
-def flow() -> pd.DataFrame:
-    rows = [
-        (norm, init, stage, source, seed, 10.0 ** -(i + seed))
-        for norm in ("none", "batch")
-        for init in ("a", "b")
-        for i, stage in enumerate([*STAGES, "aux1"])
-        for source in ("main", "aux1", "total")
-        for seed in (0, 1)
-    ]
-    return pd.DataFrame(rows, columns=["norm", "init", "stage", "source", "seed", "gradient_rms"])
-
-
-@pytest.fixture
-def metrics() -> pd.DataFrame:
-    rows = [
-        (v, seed, step, 2.0 / step + seed, step / 40)
-        for v in ("with heads", "without heads")
-        for seed in (0, 1)
-        for step in range(1, 41)
-    ]
-    return pd.DataFrame(rows, columns=["variant", "seed", "step", "loss", "accuracy"])
-
-
-@pytest.fixture
 def table() -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -246,22 +222,6 @@ def test_overlay_is_signed_and_stretched_over_the_image():
     assert overlay.get_alpha()[1, 0] == 0
 
 
-def test_gradient_flow_is_a_geometric_mean_of_the_trunk(flow):
-    ax = plots.plot_gradient_flow(flow[(flow.norm == "none") & (flow.init == "a")])
-    assert ax.get_yscale() == "log"
-    assert [t.get_text() for t in ax.get_xticklabels()] == STAGES
-    main = next(line for line in ax.lines if line.get_label() == "main loss")
-    assert main.get_ydata()[1] == pytest.approx(10**-1.5)  # of seeds 1e-1 and 1e-2
-
-
-def test_training_curves_show_seeds_and_their_mean(metrics):
-    ax = plots.plot_training(metrics, "loss", smooth=1)
-    mean = next(line for line in ax.lines if line.get_label() == "with heads")
-    assert mean.get_ydata()[9] == pytest.approx(2 / 10 + 0.5)
-    assert len(ax.lines) == 2 * 3
-    assert len(ax.collections) == 2
-
-
 def test_zero_share_fills_every_bar(structure):
     ax = plots.plot_zero_share(structure)
     assert [c.get_label() for c in ax.containers] == [
@@ -299,7 +259,7 @@ def test_sparsity_figure_has_a_panel_per_batch_size(structure, speed):
     assert one.get_ylim() == eight.get_ylim()
 
 
-def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
+def make(name: str, costs, table, structure, speed) -> Figure:
     image = np.zeros((16, 16, 3), np.uint8)
     branches = ["1x1", "3x3", "5x5", "pool"]
     maps = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in branches}}
@@ -313,7 +273,6 @@ def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
     models = pd.DataFrame({"model": ["a"], "top1": [60.0], "macs": [1e8], "parameters": [1e6]})
     modules = costs.rename(columns={"model": "variant"}).assign(out_channels=8, pool_share=0.2)
     latency = pd.DataFrame({"model": ["m"], "batch_size": [1], "seconds": [0.01], "iqr": [0.0]})
-    shares = pd.DataFrame({"configuration": ["a", "b"], "seed": [0, 0], "ratio": [1.0, 100.0]})
     note = "made in a test"
     return {
         "cost": lambda: figures.cost_figure(costs, note=note),
@@ -328,9 +287,6 @@ def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
         "attribution": lambda: figures.attribution_figure(
             image, {"3a": {b: m[0] for b, m in maps["3a"].items()}}, by_branch, note=note
         ),
-        "gradient": lambda: figures.gradient_figure(flow, note=note),
-        "shares": lambda: figures.shares_figure(shares, note=note),
-        "training": lambda: figures.training_figure(metrics, 16, note=note),
         "sparsity": lambda: figures.sparsity_figure(structure, speed, note=note),
     }[name]()
 
@@ -339,12 +295,12 @@ def make(name: str, costs, flow, metrics, table, structure, speed) -> Figure:
     "name",
     [
         "cost", "reduction", "table_1", "accuracy", "latency", "maps", "statistics",
-        "attribution", "gradient", "shares", "training", "sparsity",
+        "attribution", "sparsity",
     ],
 )  # fmt: skip
-def test_text_of_a_figure_lies_inside_it(name, costs, flow, metrics, table, structure, speed):
+def test_text_of_a_figure_lies_inside_it(name, costs, table, structure, speed):
     with style.context():
-        figure = make(name, costs, flow, metrics, table, structure, speed)
+        figure = make(name, costs, table, structure, speed)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         renderer = canvas.get_renderer()

@@ -386,6 +386,19 @@ def test_every_unit_ends_in_a_relu_module(preset, changes):
         assert torch.equal(outputs[name], outputs[before].clamp(min=0))
 
 
+def test_extra_modules_are_copies_of_4c_between_the_heads():
+    plain, deep = (googlenet(width=0.125, extra_modules=extra) for extra in (0, 2))
+    added = ["inception4c_2", "inception4c_3"]
+    names = [name for name, _ in deep.named_children()]
+    assert [name for name in names if name not in added] == [n for n, _ in plain.named_children()]
+    assert names[names.index("inception4c") + 1 :][:3] == [*added, "inception4d"]
+    shapes = [p.shape for p in deep.inception4c.parameters()]
+    for name in added:
+        assert [p.shape for p in deep.get_submodule(name).parameters()] == shapes
+    outputs = outputs_by_name(deep, images())
+    assert outputs["inception4c_3"].shape == outputs["inception4c"].shape
+
+
 @pytest.mark.parametrize("reduce", [True, False])
 def test_branch_slices_say_where_each_branch_lies(reduce):
     model = googlenet("paper", reduce=reduce, width=0.1).eval()
@@ -478,6 +491,7 @@ FAN_IN, FAN_OUT = 64 * 9, 128 * 9
         ("kaiming", (2 / FAN_IN) ** 0.5),
         (("gain", 1.0), (2 / FAN_IN) ** 0.5),
         (("gain", 0.25), 0.25 * (2 / FAN_IN) ** 0.5),
+        ("caffe", (1 / FAN_IN) ** 0.5),
     ],
 )
 def test_initialize_draws_the_documented_deviation(init, expected):
@@ -489,7 +503,25 @@ def test_initialize_draws_the_documented_deviation(init, expected):
     for layer in (conv, linear):
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.02)
         assert abs(layer.weight.mean().item()) < 0.02 * expected
-        assert not layer.bias.any()
+        assert (layer.bias == (0.2 if init == "caffe" else 0.0)).all()
+
+
+def test_caffes_xavier_is_uniform_and_leaves_the_classifiers_biases_at_zero():
+    model = googlenet("paper", init="caffe", seed=0, width=0.25)
+    weight, bound = model.conv2.conv.weight, (3 / (16 * 9)) ** 0.5
+    assert 0.98 * bound < weight.abs().max() <= bound
+    for name, bias in {"fc": 0, "aux1.fc1": 0.2, "aux1.fc2": 0, "aux2.fc1": 0.2}.items():
+        assert (model.get_submodule(name).bias == bias).all(), name
+    assert (model.inception4e.branch5x5.reduce.conv.bias == 0.2).all()
+
+
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_the_gaussian_has_the_same_gain_at_every_width(width):
+    model = googlenet("paper", init="gaussian", seed=0, width=width)
+    weight = model.inception4e.branch3x3.conv.conv.weight
+    gain = float(weight.detach().std()) * (weight[0].numel() / 2) ** 0.5
+    assert gain == pytest.approx(0.01 * (160 * 9 / 2) ** 0.5, rel=0.02)
+    assert not model.fc.bias.any()
 
 
 def test_init_none_keeps_pytorchs_own():
@@ -509,7 +541,7 @@ def test_googlenet_initializes_the_whole_network():
 
 @pytest.mark.parametrize("init", ["he", "gain", ("xavier", 2.0), ("he", 1.0), 3])
 def test_bad_init_says_what_there_is(init):
-    with pytest.raises(ValueError, match="choose 'torchvision', 'xavier', 'kaiming' or") as caught:
+    with pytest.raises(ValueError, match=r"choose 'torchvision', .*'kaiming' or") as caught:
         googlenet("cifar", width=0.1, init=init)
     assert repr(init) in str(caught.value)
 

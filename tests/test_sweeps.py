@@ -30,6 +30,7 @@ ARCHITECTURES = [
     ("cifar", {"branch5x5": "3x3", "num_classes": 7}, 41),
     ("naive", {}, 64),
     ("naive", {"stem": "inception"}, 64),
+    ("paper", {"extra_modules": 3}, 64),
 ]
 
 

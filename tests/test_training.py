@@ -1,425 +1,642 @@
-"""Training is plain SGD: reproducible, resumable, and loud when it goes wrong."""
+"""Experiments: what decides a run, what is kept of it, and what is read off the results."""
 
-import io
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+import json
 import math
 import os
-import pickle
 import sys
-from pathlib import Path
+import time
+from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from scipy.stats import ttest_1samp
 
 import gnetlab as gl
 from gnetlab.measure import training
-from gnetlab.measure.training import compare, escape_steps, evaluate, train
+from gnetlab.measure.gradients import GradientRecorder, gradient_flow
+from gnetlab.measure.loop import METRICS, train
+from gnetlab.measure.training import (
+    Experiment,
+    escape_steps,
+    escape_summary,
+    generalization,
+    local_executor,
+    paired_difference,
+    study,
+)
+from gnetlab.net.model import INITS
 
-COLUMNS = ["step", "split", "source", "loss", "accuracy"]
-
-
-class Blobs:
-    """Four classes, each with its own colour, in noise; 19 test images in unequal batches."""
-
-    classes, in_channels, size = ("red", "green", "blue", "grey"), 3, 16
-    device = torch.device("cpu")
-
-    def __init__(self, stop_at=None, nan_at=None):
-        self.stop_at, self.nan_at, self.asked = stop_at, nan_at, []
-
-    def _draw(self, count, seed):
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(4, (count,), generator=generator)
-        images = 0.3 * torch.randn(count, 3, self.size, self.size, generator=generator)
-        colours = torch.cat([torch.eye(3), torch.zeros(1, 3)])
-        return images + 2 * colours[labels][:, :, None, None], labels
-
-    def train_batch(self, step, batch_size, seed=0):
-        if step == self.stop_at:
-            raise KeyboardInterrupt
-        self.asked.append((step, batch_size, seed))
-        images, labels = self._draw(batch_size, 1000 * seed + step)
-        return (images * math.nan if step == self.nan_at else images), labels
-
-    def test_batches(self, batch_size=8):  # noqa: ARG002
-        for i, count in enumerate((8, 8, 3)):
-            yield self._draw(count, 10**6 + i)
+TINY = {"size": 16, "width": 0.1, "batch_size": 4, "steps": 2}
+real_run, real_load = training.run, training.load
 
 
-def small(**changes):
-    options = {"stem": "compact", "norm": "batch", "width": 0.1, "num_classes": 4, "seed": 0}
-    return gl.googlenet(**(options | changes))
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    """PhotoCrops with 32 test images in place of 1024; also forgets what earlier tests loaded."""
+
+    @functools.lru_cache
+    def load(name, size, device):
+        data = real_load(name, size=size, device=device)
+        data.test_size = 32
+        return data
+
+    monkeypatch.setattr(training, "_data", load)
 
 
-def run(model=None, data=None, **options):
-    """Train quietly; return the model's weights and the metrics."""
-    model = model or small()
-    options = {"steps": 6, "batch_size": 8, "progress": False} | options
-    metrics = train(model, data or Blobs(), **options)
-    return model.state_dict(), metrics
+def record(experiment, stopped=None, **columns):
+    """A record that needs no training: the loss is the seed."""
+    columns = {"step": [1], "split": ["train"], "source": ["main"], "loss": [experiment.seed * 1.0],
+               "accuracy": [None]} | columns  # fmt: skip
+    lines = [
+        {"experiment": dataclasses.asdict(experiment), "stopped": stopped, "seconds": 1.0},
+        {"frame": "metrics", "columns": columns},
+        {"frame": "gradients", "columns": {"step": [], "module": []}},
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def assert_equal(one, other):
-    (weights, metrics), (other_weights, other_metrics) = one, other
-    pd.testing.assert_frame_equal(metrics, other_metrics, check_exact=True)
-    assert weights.keys() == other_weights.keys()
-    assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
+@pytest.fixture
+def ran(monkeypatch):
+    """Runs are faked and counted: the seeds in the order in which they ran."""
+    seeds = []
+
+    def run(experiment, device="cpu"):
+        assert device == "cpu"
+        seeds.append(experiment.seed)
+        return record(experiment)
+
+    monkeypatch.setattr(training, "run", run)
+    return seeds
 
 
-def test_the_loss_decreases_on_an_easy_task():
-    _, metrics = run(small(init="kaiming"), steps=20, batch_size=16, learning_rate=0.01)
-    main = metrics[(metrics.source == "main") & (metrics.split == "train")].loss
-    assert main[-3:].mean() < 0.4 * main[:3].mean()
+def fails_at(monkeypatch, seed, error):
+    def run(experiment, device="cpu"):  # noqa: ARG001
+        if experiment.seed == seed:
+            raise error
+        return record(experiment)
+
+    monkeypatch.setattr(training, "run", run)
 
 
-def test_frame_is_as_documented():
-    _, metrics = run(steps=5, test_every=2)
-    assert list(metrics.columns) == COLUMNS
-    assert metrics.index.equals(pd.RangeIndex(len(metrics)))
-    test = metrics[metrics.split == "test"]
-    assert test.step.tolist() == [2, 4, 5]
-    assert test.source.tolist() == ["main"] * 3
-    rest = metrics[metrics.split == "train"]
-    assert rest.step.tolist() == [step for step in range(1, 6) for _ in range(4)]
-    assert rest.source.tolist() == ["main", "aux1", "aux2", "total"] * 5
-    assert (metrics.accuracy.isna() == (metrics.source == "total")).all()
-    assert metrics.accuracy.dropna().between(0, 1).all()
-    assert metrics.step.is_monotonic_increasing
+def records_in(folder):
+    return [json.loads(p.read_text().splitlines()[0])["experiment"] for p in folder.iterdir()]
 
 
-@pytest.mark.parametrize("heads", [(), ("aux1",), ("aux2",)])
-def test_heads_that_are_not_there_have_no_rows(heads):
-    _, metrics = run(small(aux=heads), steps=2)
-    assert set(metrics.source) == {"main", *heads, "total"}
-    assert metrics[metrics.split == "test"].step.tolist() == [2]
-
-
-def test_heads_are_told_apart_by_name():
-    model = small()
-    bias = {"main": model.fc, "aux1": model.aux1.fc2, "aux2": model.aux2.fc2}
-    for i, layer in enumerate(bias.values()):  # each always answers its own class
-        nn.init.zeros_(layer.weight)
-        layer.bias = nn.Parameter(50.0 * torch.eye(4)[i])
-    _, metrics = run(model, steps=1, batch_size=34, head_weight=0.7)
-    _, labels = Blobs().train_batch(0, 34)
-    first = metrics[metrics.split == "train"].set_index("source")
-    for i, source in enumerate(bias):
-        share = float((labels == i).double().mean())
-        assert first.accuracy[source] == pytest.approx(share)
-        assert first.loss[source] == pytest.approx(50 * (1 - share), rel=1e-5)
-    assert first.loss["total"] == pytest.approx(
-        first.loss["main"] + 0.7 * (first.loss["aux1"] + first.loss["aux2"]), rel=1e-5
-    )
-    assert len(set(labels.bincount(minlength=4)[:3].tolist())) == 3
+def seeds_in(folder):
+    assert all(path.suffix == ".jsonl" for path in folder.iterdir())
+    return sorted(one["seed"] for one in records_in(folder))
 
 
 @pytest.mark.parametrize(
-    ("ours", "sgd"),
+    ("field", "value", "known"),
     [
-        ({}, {"lr": 0.05, "momentum": 0.9}),
-        ({"nesterov": True}, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
-        ({"learning_rate": 0.2, "momentum": 0.0, "clip": 0.5}, {"lr": 0.2}),
+        ("norm", "batchnorm", ["none", "lrn", "batch"]),
+        ("norm", None, ["none", "lrn", "batch"]),
+        ("heads", "aux1", ["none", "lower", "upper", "both"]),
+        ("optimizer", "rmsprop", ["sgd", "adam"]),
+        ("init", "he", ["default", *INITS, "gain 0.6"]),
+        ("init", "gain", ["default", "gain 0.6"]),
+        ("init", "gain -1", ["default", "gain 0.6"]),
+        ("init", "gain 0.6 ", ["default", "gain 0.6"]),
+    ],
+)  # fmt: skip
+def test_an_experiment_refuses_unknown_names_and_lists_the_known(field, value, known):
+    with pytest.raises(ValueError, match="asked; choose one of") as caught:
+        Experiment(**{field: value})
+    assert f"{field}={value!r}" in str(caught.value)
+    assert all(name in str(caught.value).partition("choose one of")[2] for name in known)
+
+
+@pytest.mark.parametrize("init", ["default", "caffe", "kaiming", "gain 0.6", "gain 2", "gain 1."])
+def test_an_experiment_takes_every_initialization(init):
+    Experiment(init=init)
+
+
+OTHERS = {
+    "data": "cifar10", "size": 33, "stem": "paper", "width": 0.5, "extra_modules": 1,
+    "norm": "batch", "init": "xavier", "heads": "none", "head_weight": 0.31, "heads_until": 0.5,
+    "optimizer": "adam", "learning_rate": 0.051, "weight_decay": 1e-4, "cosine": True,
+    "clip": None, "batch_size": 33, "steps": 301, "test_every": 1, "train_batches": 1,
+    "gradients_every": 1, "mixed_precision": True, "seed": 1,
+}  # fmt: skip
+
+
+def test_every_field_changes_the_key():
+    assert list(OTHERS) == [field.name for field in dataclasses.fields(Experiment)]
+    changed = [Experiment(**{name: value}) for name, value in OTHERS.items()]
+    keys = [one.key("cpu") for one in [Experiment(), *changed]]
+    assert len(set(keys)) == len(OTHERS) + 1
+    assert all(len(key) >= 16 and key.isalnum() for key in keys)
+
+
+def test_the_key_depends_on_device_and_code_and_nothing_else(monkeypatch):
+    one, other = Experiment(**OTHERS), Experiment(**OTHERS)
+    key = one.key("cpu")
+    assert other.key("cpu") == key
+    assert one.key("cuda") != key
+    monkeypatch.setattr(training, "_code", lambda: "another code")
+    assert one.key("cpu") != key
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert one.key("cpu") != key
+
+
+def test_equal_experiments_have_equal_keys_though_the_types_of_their_numbers_differ():
+    assert Experiment(learning_rate=1) == Experiment(learning_rate=1.0)
+    assert Experiment(learning_rate=1).key("cpu") == Experiment(learning_rate=1.0).key("cpu")
+
+
+def test_the_code_is_digested_file_by_file(tmp_path, monkeypatch):
+    names = ["measure/loop.py", "measure/gradients.py", "net/model.py", "net/architecture.py",
+             "net/data.py", "net/datasets.py"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(training, "__file__", str(tmp_path / "measure/training.py"))
+    digests = {training._code.__wrapped__()}
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        digests.add(training._code.__wrapped__())
+    assert len(digests) == len(names) + 1
+
+
+def test_the_network_is_as_the_experiment_says():
+    options = {"stem": "compact", "width": 0.1, "extra_modules": 1, "seed": 3}
+    for fields, arguments in [
+        ({"norm": "batch", "heads": "lower"}, {"norm": "batch", "aux": "aux1"}),
+        ({"norm": "lrn", "init": "gain 0.6"}, {"norm": "lrn", "init": ("gain", 0.6), "aux": True}),
+        ({"heads": "upper", "init": "caffe"}, {"norm": None, "init": "caffe", "aux": "aux2"}),
+        ({"heads": "none"}, {"norm": None, "aux": False}),
+    ]:
+        found = Experiment(**fields, **options).network(7, 1)
+        direct = gl.googlenet(**arguments, **options, num_classes=7, in_channels=1)
+        assert found.architecture == direct.architecture
+        state = direct.state_dict()
+        assert state.keys() == found.state_dict().keys()
+        assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
+
+
+def test_heads_do_not_shift_what_the_trunk_draws():
+    options = {"width": 0.1, "init": "xavier"}
+    alone, both = (Experiment(heads=heads, **options).network(4, 3) for heads in ("none", "both"))
+    state = both.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in alone.state_dict().items())
+
+
+def body(text):
+    first, *rest = map(json.loads, text.splitlines())
+    return {key: value for key, value in first.items() if key != "seconds"}, rest
+
+
+def test_equal_experiments_give_equal_records():
+    options = TINY | {"gradients_every": 1, "train_batches": 1, "test_every": 1}
+    one, other = (body(training.run(Experiment(**options, seed=s))) for s in (5, 5))
+    assert one == other
+    facts, (metrics, gradients) = one
+    assert facts["experiment"] == dataclasses.asdict(Experiment(**options, seed=5))
+    assert facts["stopped"] is None
+    assert (metrics["frame"], gradients["frame"]) == ("metrics", "gradients")
+    _, other_seed = body(training.run(Experiment(**options, seed=6)))
+    assert other_seed[0]["columns"]["loss"] != metrics["columns"]["loss"]
+
+
+def test_a_run_is_train_of_the_network_with_every_option():
+    experiment = Experiment(
+        size=16, width=0.1, norm="batch", heads_until=0.5, head_weight=0.7, optimizer="adam",
+        learning_rate=0.01, weight_decay=0.1, cosine=True, clip=0.5, batch_size=4, steps=4,
+        test_every=3, train_batches=1, gradients_every=2, mixed_precision=True, seed=3,
+    )  # fmt: skip
+    data = training._data("photocrops", 16, "cpu")
+    model = experiment.network(16, 3)
+    recorder = GradientRecorder(model, every=2)
+    metrics = train(
+        model, data, head_weight=0.7, heads_until=0.5, optimizer="adam", learning_rate=0.01,
+        weight_decay=0.1, cosine=True, clip=0.5, batch_size=4, steps=4, test_every=3,
+        train_batches=1, gradients=recorder, mixed_precision=True, seed=3, channels_last=True,
+        progress=False,
+    )  # fmt: skip
+    _, (found, gradients) = body(training.run(experiment))
+    pd.testing.assert_frame_equal(pd.DataFrame(found["columns"]), metrics, check_exact=True)
+    split = pd.DataFrame(gradients["columns"])
+    pd.testing.assert_frame_equal(split, recorder.splits(), check_exact=True)
+    assert set(split.step) == {0, 2}
+
+
+def test_a_study_is_a_frame_of_all_runs(tmp_path):
+    grid = {"heads": ["none", "both"], "seed": range(2)}
+    folder = tmp_path / "deeper" / "still"
+    frame = study(grid, folder=folder, device="cpu", progress=False, **TINY)
+    assert list(frame.columns) == [*METRICS, "run", "stopped", "heads", "seed"]
+    assert frame.index.equals(pd.RangeIndex(len(frame)))
+    runs = frame.drop_duplicates("run")
+    expected = list(itertools.product(["none", "both"], [0, 1]))
+    assert list(zip(runs.heads, runs.seed, strict=True)) == expected
+    keys = [Experiment(heads=h, seed=s, **TINY).key("cpu") for h, s in expected]
+    assert runs.run.tolist() == keys
+    assert {p.name for p in folder.iterdir()} == {f"{key}.jsonl" for key in keys}
+    assert (frame.stopped == "").all()
+    for heads, seed in expected:
+        experiment = Experiment(heads=heads, seed=seed, **TINY)
+        alone = train(
+            experiment.network(16, 3), training._data("photocrops", 16, "cpu"), steps=2,
+            batch_size=4, clip=1.0, seed=seed, channels_last=True, progress=False,
+        )  # fmt: skip
+        rows = frame[(frame.heads == heads) & (frame.seed == seed)][list(METRICS)]
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), alone, check_exact=True)
+
+
+def test_a_study_of_the_gradients(tmp_path):
+    options = TINY | {"device": "cpu", "folder": tmp_path, "progress": False}
+    grid = {"seed": [4], "gradients_every": 1}
+    found = study(grid, frame="gradients", **options)
+    model = Experiment(**TINY, seed=4).network(16, 3)
+    batch = training._data("photocrops", 16, "cpu").train_batch(0, 4, 4)
+    torch.manual_seed(4)
+    flow = gradient_flow(model.to(memory_format=torch.channels_last), *batch)
+    assert list(found.columns) == [
+        "step", *flow.columns, "run", "stopped", "seed", "gradients_every",
+    ]  # fmt: skip
+    assert sorted(set(found.step)) == [0, 1]
+    first = found[found.step == 0][flow.columns]
+    pd.testing.assert_frame_equal(first, flow, rtol=1e-4, atol=1e-9)
+    without = study({"seed": [4]}, frame="gradients", **options)
+    assert len(without) == 0
+    both = study({"seed": [4], "gradients_every": [0, 1]}, frame="gradients", **options)
+    pd.testing.assert_frame_equal(both, found)
+
+
+@pytest.mark.parametrize(
+    ("grid", "shared", "expected"),
+    [
+        ({"seed": [2, 0, 1]}, {}, [{"seed": s} for s in (2, 0, 1)]),
+        ({"seed": 7}, {"norm": "batch"}, [{"seed": 7, "norm": "batch"}]),
+        ({"norm": "lrn", "seed": (1, 2)}, {}, [{"norm": "lrn", "seed": s} for s in (1, 2)]),
         (
-            {"weight_decay": 0.1, "head_weight": 1.0},
-            {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+            {"clip": [None, 0.5], "seed": iter([1, 0])},
+            {"steps": 5},
+            [{"clip": c, "seed": s, "steps": 5} for c in (None, 0.5) for s in (1, 0)],
         ),
+        (
+            [{"norm": "batch", "seed": [0, 1]}, {"heads": "none", "seed": [1]}, {"seed": 9}],
+            {"width": 0.1},
+            [
+                {"norm": "batch", "seed": 0, "width": 0.1},
+                {"norm": "batch", "seed": 1, "width": 0.1},
+                {"heads": "none", "seed": 1, "width": 0.1},
+                {"seed": 9, "width": 0.1},
+            ],
+        ),
+        (({"seed": s} for s in (1, 0, 1)), {}, [{"seed": 1}, {"seed": 0}]),
+        ({"seed": [1, 2], "steps": 5}, {"steps": 9}, [{"seed": s, "steps": 5} for s in (1, 2)]),
     ],
 )
-def test_it_is_plain_sgd_on_the_weighted_losses(ours, sgd):
-    weights, _ = run(steps=3, seed=4, **ours)
-    model, data, weight = small(), Blobs(), ours.get("head_weight", 0.3)
-    optimizer = torch.optim.SGD(model.parameters(), **sgd)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        for step in range(3):
-            images, labels = data.train_batch(step, 8, 4)
-            main, aux1, aux2 = (F.cross_entropy(logits, labels) for logits in model(images))
-            optimizer.zero_grad()
-            torch.stack([main, weight * aux1, weight * aux2]).sum().backward()
-            if "clip" in ours:
-                nn.utils.clip_grad_norm_(model.parameters(), ours["clip"])
-            optimizer.step()
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(weights[key], value, rtol=1e-5, atol=1e-7)
+def test_what_a_grid_means(tmp_path, ran, grid, shared, expected):
+    frame = study(grid, folder=tmp_path, device="cpu", progress=False, **shared)
+    experiments = [Experiment(**fields) for fields in expected]
+    assert ran == [e.seed for e in experiments]
+    assert frame.run.tolist() == [e.key("cpu") for e in experiments]
+    assert {json.dumps(e) for e in records_in(tmp_path)} == {
+        json.dumps(dataclasses.asdict(e)) for e in experiments
+    }
 
 
-def test_weight_decay_can_depend_on_the_name():
-    def after_one_step(weight_decay):
-        model = small()
-        before = model.conv1.conv.weight.detach().clone()
-        train(model, Blobs(), steps=1, batch_size=4, learning_rate=0.1, weight_decay=weight_decay,
-              progress=False)  # fmt: skip
-        return model, before
-
-    plain, _ = after_one_step(0.0)
-    chosen, before = after_one_step(lambda name: 0.5 if name == "conv1.conv.weight" else 0.0)
-    difference = plain.conv1.conv.weight - chosen.conv1.conv.weight
-    torch.testing.assert_close(difference, 0.1 * 0.5 * before, rtol=1e-4, atol=1e-6)
-    assert torch.equal(plain.conv2.conv.weight, chosen.conv2.conv.weight)
+def test_columns_of_several_grids(tmp_path, ran):
+    grids = [{"norm": "batch", "seed": [0, 1]}, {"heads": "none", "seed": 1}]
+    frame = study(grids, folder=tmp_path, device="cpu", progress=False, width=0.1)
+    assert list(frame.columns) == [*METRICS, "run", "stopped", "norm", "seed", "heads"]
+    assert frame.norm.tolist() == ["batch", "batch", "none"]
+    assert frame.heads.tolist() == ["both", "both", "none"]
+    assert len(ran) == 3
 
 
-def test_the_cosine_scales_the_learning_rate_of_every_group(monkeypatch):
-    asked = []
-    monkeypatch.setattr(training, "_cosine", lambda *place: asked.append(place) or 0.0)
-    model = small()
-    before = [p.detach().clone() for p in model.parameters()]
-    train(model, Blobs(), steps=2, batch_size=4, learning_rate=0.1, cosine=True, progress=False,
-          weight_decay=lambda name: 0.1 if "conv1" in name else 0.0)  # fmt: skip
-    assert asked == [(0, 2), (1, 2)]
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+def test_a_study_runs_only_what_is_missing(tmp_path, ran, monkeypatch):
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    first = study({"seed": [1, 0]}, **options)
+    assert first.dtypes[["loss", "accuracy"]].eq("float64").all()  # though all are missing
+    assert study({"seed": [1, 0]}, **options).equals(first)
+    assert ran == [1, 0]
+    more = study({"seed": [3, 1, 2, 0]}, **options)
+    assert ran == [1, 0, 3, 2]
+    assert more.loss.tolist() == [3, 1, 2, 0]
+    assert more.seed.tolist() == [3, 1, 2, 0]
+    monkeypatch.setattr(training, "_code", lambda: "another code")
+    study({"seed": [1]}, **options)
+    assert ran == [1, 0, 3, 2, 1]
 
 
-def test_equal_seeds_give_equal_results():
-    first, second, other = run(seed=3), run(seed=3), run(seed=4)
-    assert_equal(first, second)
-    assert not first[1].loss.equals(other[1].loss)
-    assert not torch.equal(first[0]["conv1.conv.weight"], other[0]["conv1.conv.weight"])
-
-
-def test_batches_depend_on_step_and_seed_only():
-    data = Blobs()
-    run(data=data, steps=3, batch_size=5, seed=9)
-    assert data.asked == [(0, 5, 9), (1, 5, 9), (2, 5, 9)]
-
-
-@pytest.mark.parametrize("stop_at", [3, 5, 8])
-@pytest.mark.parametrize("norm", ["batch", None])
-def test_an_interrupted_training_goes_on_as_if_it_never_was(tmp_path, stop_at, norm):
-    options = {"steps": 9, "save_every": 3, "test_every": 4, "seed": 2}
-    whole = run(small(norm=norm), **options)
-    path = tmp_path / "deeper" / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        run(small(norm=norm), Blobs(stop_at=stop_at), checkpoint=path, **options)
-    data = Blobs()
-    again = run(small(norm=norm, seed=77), data, checkpoint=path, **options)
-    assert_equal(whole, again)
-    assert [step for step, *_ in data.asked] == list(range(stop_at // 3 * 3, 9))
-
-
-def test_a_training_can_be_made_longer(tmp_path):
-    path = tmp_path / "run.pt"
-    run(steps=4, test_every=4, checkpoint=path)
-    assert_equal(run(steps=8, test_every=4), run(steps=8, test_every=4, checkpoint=path))
-
-
-def test_a_finished_training_is_only_read(tmp_path):
-    path, data = tmp_path / "run.pt", Blobs()
-    finished = run(checkpoint=path)
-    assert_equal(finished, run(small(seed=77), data, checkpoint=path))
-    assert data.asked == []
-
-
-def test_saving_changes_nothing(tmp_path):
-    assert_equal(run(), run(checkpoint=tmp_path / "run.pt", save_every=1))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError("no `metrics`")])
+def test_an_interrupted_study_keeps_what_is_done_and_goes_on(tmp_path, monkeypatch, error):
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    fails_at(monkeypatch, 2, error)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        study({"seed": range(4)}, **options)
+    assert seeds_in(tmp_path) == [0, 1]
+    again = []
+    monkeypatch.setattr(training, "run", lambda e, _: again.append(e.seed) or record(e))
+    assert study({"seed": range(4)}, **options).seed.tolist() == [0, 1, 2, 3]
+    assert again == [2, 3]
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
-    path = tmp_path / "run.pt"
-    run(steps=3, checkpoint=path)
-    before, save = path.read_bytes(), torch.save
-
-    def broken(content, file):
-        buffer = io.BytesIO()
-        save(content, buffer)
-        Path(file).write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+def test_a_record_is_whole_or_absent(tmp_path, monkeypatch, ran, error):
+    def broken(*_):
         raise error("no space left")
 
-    monkeypatch.setattr(torch, "save", broken)
+    monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(error, match="no space left"):
-        run(steps=5, checkpoint=path)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["run.pt"]
+        study({"seed": [0]}, folder=tmp_path, device="cpu", progress=False)
+    assert ran == [0]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_is_a_network_for_googlenet(tmp_path):
-    path = tmp_path / "run.pt"
-    model = small(branch5x5="3x3+3x3", aux="aux1")
-    weights, _ = run(model, checkpoint=path)
-    loaded = gl.googlenet(weights=path)
-    assert loaded.architecture == model.architecture
-    assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())
-    assert os.listdir(tmp_path) == ["run.pt"]
+def test_a_record_is_not_there_before_it_is_whole(tmp_path, monkeypatch, ran):
+    replace, moved = os.replace, []
+
+    def watched(source, target):
+        moved.append((target.exists(), source.parent == target.parent, source.read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    study({"seed": [0]}, folder=tmp_path, device="cpu", progress=False)
+    assert moved == [(False, True, record(Experiment()))]
+    assert ran == [0]
 
 
-class Hostile:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.place),)
-
-
-def damaged(kind, path):
-    whole = path.read_bytes()
-    if kind == "of another network":
-        run(small(width=0.2), checkpoint=path.with_name("other.pt"), steps=1)
-        return path.with_name("other.pt").read_bytes()
-    if kind == "a bare state dict":
-        buffer = io.BytesIO()
-        torch.save(small().state_dict(), buffer)
-        return buffer.getvalue()
-    if kind == "hostile":
-        return pickle.dumps(Hostile(path.with_name("hacked")), protocol=2)
-    return {"empty": b"", "truncated": whole[: len(whole) // 2], "garbage": b"garbage" * 99}[kind]
+@pytest.mark.parametrize("kept", [0, 30, 0.5, 0.8, -2, "garbage\n", '{"a": 1}\n', "[]\n[]\n[]\n"])
+def test_a_damaged_record_is_an_error_that_names_the_file(tmp_path, ran, kept):
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    study({"seed": [0, 1]}, **options)
+    path = tmp_path / f"{Experiment(seed=1).key('cpu')}.jsonl"
+    whole = path.read_text()
+    cut = int(kept * len(whole)) if isinstance(kept, float) else kept
+    content = cut if isinstance(cut, str) else whole[:cut]
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"is not a whole record.*delete it") as caught:
+        study({"seed": [0, 1]}, frame="gradients" if kept == -2 else "metrics", **options)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == content
+    assert ran == [0, 1]
 
 
 @pytest.mark.parametrize(
-    "kind",
-    ["empty", "truncated", "garbage", "of another network", "a bare state dict", "hostile"],
+    ("grid", "options", "message"),
+    [
+        ({"seeds": [0]}, {}, "unknown field 'seeds'; an Experiment has data, size,.*, seed"),
+        ([{"seed": [0]}, {"seed": [1], "nrom": 1}], {}, "unknown field 'nrom'"),
+        ({"seed": [0]}, {"stepz": 3}, "unknown field 'stepz'"),
+        ({"seed": []}, {}, "no experiments"),
+        ({"seed": [0, 1], "norm": ()}, {}, "no experiments"),
+        ([], {}, "no experiments"),
+        ({"seed": [0], "norm": ["none", "group"]}, {}, "norm='group'"),
+        ({"seed": [0]}, {"init": "zeros"}, "init='zeros'"),
+        ({"seed": [0]}, {"frame": "norms"}, "frame='norms' asked; choose metrics or gradients"),
+        ({"seed": [0]}, {"device": "tpu"}, "device='tpu'"),
+    ],
 )
-def test_a_damaged_checkpoint_is_an_error(tmp_path, kind):
-    path = tmp_path / "run.pt"
-    run(steps=1, checkpoint=path)
-    content = damaged(kind, path)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"(?s)cannot go on from .*run\.pt.*Delete the file"):
-        run(steps=2, checkpoint=path)
-    assert path.read_bytes() == content
-    assert not (tmp_path / "hacked").exists()
+def test_what_is_unknown_is_refused_before_anything_runs(tmp_path, ran, grid, options, message):
+    with pytest.raises(ValueError, match=message):
+        study(grid, folder=tmp_path, progress=False, **{"device": "cpu"} | options)
+    assert ran == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_is_an_error_that_keeps_the_metrics(tmp_path):
-    path, data = tmp_path / "run.pt", Blobs(nan_at=3)
-    run(steps=2, checkpoint=path)
-    saved = path.read_bytes()
-    with pytest.raises(RuntimeError, match=r"main loss became nan at step 4.*clip=1\.0") as caught:
-        run(data=data, steps=60, checkpoint=path, save_every=6)
-    metrics = caught.value.metrics
-    assert list(metrics.columns) == COLUMNS
-    finite = metrics[metrics.step <= 3]
-    assert sorted(finite.step.unique()) == [1, 2, 3]
-    assert finite.loss.notna().all()
-    assert metrics.loss[metrics.step == 4].isna().all()
-    assert path.read_bytes() == saved
-    assert len(data.asked) <= 6 - 2  # found before the next checkpoint
+@pytest.mark.parametrize(
+    "wrong", [{"stem": "small"}, {"data": "mnist3"}, {"heads_until": 2.0}, {"width": 0.0}], ids=str
+)
+def test_every_unknown_value_is_refused_before_anything_runs(tmp_path, wrong):
+    grids = [{"seed": [0]}, wrong]
+    with pytest.raises(ValueError, match=r"asked|unknown"):
+        study(grids, folder=tmp_path, device="cpu", progress=False, **TINY | {"steps": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_soon():
-    data = Blobs(nan_at=3)
-    with pytest.raises(RuntimeError, match="nan at step 4"):
-        run(data=data, steps=200)
-    assert len(data.asked) < 30
+def test_a_grid_of_numpy_integers(tmp_path, ran):
+    frame = study({"seed": np.arange(2)}, folder=tmp_path, device="cpu", progress=False)
+    assert frame.seed.tolist() == ran == [0, 1]
 
 
-def test_the_source_of_a_loss_that_is_not_finite_is_named():
-    model = small()
-    model.aux2.fc2.bias = nn.Parameter(torch.tensor([math.inf, 0, 0, 0]))
-    with pytest.raises(RuntimeError, match="aux2 loss became nan at step 1"):
-        run(model, steps=25)
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
+    options = TINY | {"steps": 25, "folder": tmp_path, "device": "cpu", "progress": False}
+    options |= {"init": "kaiming", "clip": None, "test_every": 1}
+    grid = {"learning_rate": [1e9, 1e-3], "gradients_every": 1}
+    frame = study(grid, **options)
+    wild, tame = (rows for _, rows in frame.groupby("learning_rate", sort=False))
+    assert wild.stopped.str.fullmatch(r"the \w+ loss became (nan|inf) at step \d+").all()
+    step = int(wild.stopped.iloc[0].split()[-1])
+    assert wild.step.max() == step < 25
+    assert wild[wild.step < step].loss.notna().all()
+    assert not np.isfinite(wild[wild.step == step].loss).all()
+    assert str(frame.loss.dtype) == str(frame.accuracy.dtype) == "float64"
+    assert (tame.stopped == "").all()
+    assert tame.step.max() == 25
+    assert tame.loss.notna().all()
+    gradients = study(grid, frame="gradients", **options)
+    assert gradients.groupby("learning_rate").step.max()[1e-3] == 24
+    assert set(gradients[gradients.learning_rate == 1e9].stopped) == set(wild.stopped)
 
 
-def test_the_last_update_may_not_break_the_network_unseen(tmp_path):
-    path = tmp_path / "run.pt"
-    with pytest.raises(RuntimeError, match=r"loss became (nan|inf) at step 1"):
-        run(steps=1, learning_rate=1e38, checkpoint=path)
-    assert not path.exists()
+class ThreadedFuture:
+    """Has no more than a Dask client's futures must have."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.result, self.cancel = inner.result, inner.cancel
+
+    def add_done_callback(self, called):
+        self._inner.add_done_callback(lambda _: called(self))
 
 
-@pytest.mark.parametrize("clip", [0.05, 1e9, None])
-def test_clip_bounds_the_gradient(clip):
-    model = small()
-    run(model, steps=1, clip=clip)
-    norm = float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
-    if clip == 0.05:
-        assert norm == pytest.approx(0.05, rel=1e-3)
-    else:
-        assert norm > 0.5
+class DaskLike:
+    def __init__(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+
+    def submit(self, function, *arguments):
+        return ThreadedFuture(self._pool.submit(function, *arguments))
+
+    def shutdown(self):
+        self._pool.shutdown()
 
 
-def test_the_global_random_state_is_untouched(tmp_path):
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    run(steps=2, checkpoint=tmp_path / "run.pt")
-    run(steps=3, checkpoint=tmp_path / "run.pt")
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    assert_equal(run(steps=3), run(steps=3))
+@pytest.fixture(params=[lambda: concurrent.futures.ThreadPoolExecutor(1), DaskLike])
+def executor(request):
+    made = request.param()
+    yield made
+    made.shutdown()
+
+
+def test_an_executor_changes_nothing(tmp_path, executor):
+    grid = {"seed": [1, 0], "norm": ["none", "batch"]}
+    options = {"device": "cpu", "progress": False} | TINY
+    here = study(grid, folder=tmp_path / "here", **options)
+    there = study(grid, folder=tmp_path / "there", executor=executor, **options)
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+def test_threads_do_not_disturb_each_other(tmp_path):
+    options = {"device": "cpu", "progress": False} | TINY | {"steps": 6}
+    here = study({"seed": range(4)}, folder=tmp_path / "here", **options)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        there = study({"seed": range(4)}, folder=tmp_path / "there", executor=threads, **options)
+    pd.testing.assert_frame_equal(there, here, check_exact=True)
+
+
+def test_an_executor_gets_only_what_is_missing(tmp_path, executor, ran):
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    study({"seed": [1]}, **options)
+    frame = study({"seed": [2, 1, 0]}, executor=executor, **options)
+    assert ran == [1, 2, 0]
+    assert frame.seed.tolist() == [2, 1, 0]
+
+
+def test_a_run_is_kept_when_it_is_done_though_an_earlier_one_goes_on(tmp_path, monkeypatch):
+    def run(experiment, device="cpu"):  # noqa: ARG001
+        until = time.monotonic() + 10
+        while experiment.seed == 0 and not list(tmp_path.glob("*.jsonl")):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return record(experiment)
+
+    monkeypatch.setattr(training, "run", run)
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        options = {"folder": tmp_path, "device": "cpu", "progress": False}
+        frame = study({"seed": [0, 1]}, executor=threads, **options)
+    assert frame.seed.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt("stop")])
+def test_an_error_in_a_worker_ends_the_study_and_finished_runs_are_kept(
+    tmp_path, monkeypatch, executor, error
+):
+    fails_at(monkeypatch, 2, error)
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    with pytest.raises(type(error), match=str(error)):
+        study({"seed": range(5)}, executor=executor, **options)
+    assert {0, 1} <= set(seeds_in(tmp_path)) <= {0, 1, 3, 4}
+    fails_at(monkeypatch, None, error)
+    frame = study({"seed": range(5)}, executor=executor, **options)
+    assert frame.seed.tolist() == [0, 1, 2, 3, 4]
+
+
+class Done:
+    """A future that is done when it is made."""
+
+    def __init__(self, function, *arguments):
+        self.cancelled = False
+        try:
+            self._result, self._error = function(*arguments), None
+        except Exception as error:
+            self._error = error
+
+    def add_done_callback(self, called):
+        called(self)
+
+    def result(self):
+        if self._error:
+            raise self._error
+        return self._result
+
+    def cancel(self):
+        self.cancelled = True
+
+
+class AtOnce:
+    def __init__(self):
+        self.futures = []
+
+    def submit(self, function, *arguments):
+        self.futures.append(Done(function, *arguments))
+        return self.futures[-1]
+
+
+def test_runs_that_finished_beside_one_that_failed_are_kept(tmp_path, monkeypatch):
+    fails_at(monkeypatch, 0, ValueError("wrong"))
+    with pytest.raises(ValueError, match="wrong"):
+        study({"seed": [0, 1]}, folder=tmp_path, device="cpu", executor=AtOnce(), progress=False)
+    assert seeds_in(tmp_path) == [1]
+
+
+def test_what_has_not_started_is_cancelled_after_an_error(tmp_path, monkeypatch):
+    fails_at(monkeypatch, 1, ValueError("wrong"))
+    executor = AtOnce()
+    with pytest.raises(ValueError, match="wrong"):
+        study({"seed": [0, 1, 2]}, folder=tmp_path, device="cpu", executor=executor, progress=False)
+    assert executor.futures[2].cancelled
+
+
+def test_a_process_that_died_is_an_error_that_says_where_the_rest_is(tmp_path, monkeypatch):
+    fails_at(monkeypatch, 2, BrokenProcessPool("a child process terminated abruptly"))
+    with pytest.raises(RuntimeError, match=r"abruptly.*out of memory.*fewer processes") as caught:
+        study({"seed": range(3)}, folder=tmp_path, device="cpu", executor=AtOnce(), progress=False)
+    assert str(tmp_path) in str(caught.value)
+    assert isinstance(caught.value.__cause__, BrokenProcessPool)
+    assert not isinstance(caught.value, BrokenProcessPool)
+    assert seeds_in(tmp_path) == [0, 1]
+
+
+def test_a_pool_that_is_broken_already_says_the_same(tmp_path, ran):
+    class Broken(AtOnce):
+        def submit(self, *step):
+            if self.futures:
+                raise BrokenProcessPool("the process pool is not usable anymore")
+            return super().submit(*step)
+
+    with pytest.raises(RuntimeError, match="fewer processes") as caught:
+        study({"seed": range(2)}, folder=tmp_path, device="cpu", executor=Broken(), progress=False)
+    assert str(tmp_path) in str(caught.value)
+    assert ran == [0]
+
+
+def test_local_executor_shares_the_cores_out_to_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # what a worker would use unless told
+    options = TINY | {"device": "cpu", "progress": False, "steps": 1}
+    here = study({"seed": 1}, folder=tmp_path / "here", **options)
+    with local_executor("cpu", workers=1) as executor:
+        other, threads = executor.submit(os.getpid), executor.submit(torch.get_num_threads)
+        there = study({"seed": 1}, folder=tmp_path / "there", executor=executor, **options)
+        assert other.result() != os.getpid()
+        assert threads.result() == 1
+    # the worker tests on all 1024 images
+    trained = [frame[frame.split == "train"] for frame in (here, there)]
+    pd.testing.assert_frame_equal(*trained, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "processes", "threads"), [(6, None, 6, 1), (6, 2, 2, 3), (2, 5, 5, 1)]
+)
+def test_how_many_processes_and_threads(monkeypatch, cores, workers, processes, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    asked = []
+    monkeypatch.setattr(
+        concurrent.futures, "ProcessPoolExecutor", lambda *options: asked.append(options)
+    )
+    local_executor("cpu", workers)
+    monkeypatch.setattr(training, "resolve_device", lambda _: torch.device("cuda"))
+    local_executor("cuda")
+    (count, context, _, options), on_gpu = asked
+    assert (count, options) == (processes, (threads,))
+    assert context.get_start_method() == "spawn"
+    assert on_gpu[0] == 4
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("progress", [False, True])
-def test_progress_is_shown_if_asked_for_and_on_a_terminal(capsys, monkeypatch, progress, terminal):
+def test_progress_counts_runs_on_a_terminal(tmp_path, capsys, monkeypatch, ran, progress, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    run(steps=2, progress=progress)
+    study({"seed": [0, 1]}, folder=tmp_path, device="cpu", progress=progress)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert ("2/2" in shown.err) == (progress and terminal)
     assert (shown.err == "") != (progress and terminal)
-
-
-def test_channels_last_is_the_same_training():
-    model, layouts = small(), []
-    model.register_forward_pre_hook(
-        lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    _, fast = run(model, steps=2, channels_last=True)
-    assert layouts == [True] * (2 + 3)  # training and test batches
-    assert model.conv1.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    _, plain = run(steps=2)
-    pd.testing.assert_frame_equal(fast, plain, rtol=1e-3)
-
-
-def test_evaluate_equals_a_direct_computation():
-    weights, _ = run(steps=3)
-    model = small()
-    model.load_state_dict(weights)
-    images, labels = (torch.cat(parts) for parts in zip(*Blobs().test_batches(), strict=True))
-    with torch.no_grad():
-        logits = model.eval()(images)
-    scores = evaluate(model.train(), Blobs())
-    assert scores.keys() == {"loss", "accuracy"}
-    assert scores["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
-    assert scores["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
-    assert len(labels) == 19
-
-
-@pytest.mark.parametrize("mode", ["train", "eval", "frozen batch norm"])
-def test_evaluate_leaves_the_model_as_before(mode):
-    model = small().train(mode != "eval")
-    if mode == "frozen batch norm":
-        model.conv1.eval()
-    modes = [module.training for module in model.modules()]
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    asked = []
-    model.register_forward_pre_hook(
-        lambda m, _: asked.append((m.training, torch.is_grad_enabled()))
-    )
-    evaluate(model, Blobs())
-    assert asked == [(False, False)] * 3
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert [module.training for module in model.modules()] == modes
-
-
-NETWORK = {"stem": "compact", "norm": "batch", "width": 0.1, "num_classes": 4}
-OPTIONS = {"steps": 3, "batch_size": 8, "progress": False}
-
-
-def test_compare_trains_every_variant_from_every_seed():
-    variants = {"with": {}, "without": {"aux": False, "norm": None}}
-    frame = compare(variants, Blobs(), iter((3, 1)), network=NETWORK, **OPTIONS)
-    assert list(frame.columns) == [*COLUMNS, "variant", "seed"]
-    assert frame.index.equals(pd.RangeIndex(len(frame)))
-    runs = dict(list(frame.groupby(["variant", "seed"], sort=False)))
-    assert list(runs) == [("with", 3), ("with", 1), ("without", 3), ("without", 1)]
-    for (variant, seed), rows in runs.items():
-        _, alone = run(gl.googlenet(**NETWORK | variants[variant], seed=seed), seed=seed, **OPTIONS)
-        found = rows[COLUMNS].reset_index(drop=True)
-        pd.testing.assert_frame_equal(found, alone, check_exact=True)
-
-
-def test_compared_runs_do_not_go_on_from_each_others_checkpoint(tmp_path):
-    options = OPTIONS | {"checkpoint": tmp_path / "run.pt"}
-    try:
-        frame = compare({"with": {}}, Blobs(), (0, 1), network=NETWORK, **options)
-    except ValueError:
-        return  # refused
-    first, second = (rows.loss.tolist() for _, rows in frame.groupby("seed"))
-    assert first != second
+    study({"seed": [0, 1]}, folder=tmp_path, device="cpu", progress=progress)
+    assert capsys.readouterr().err == ""  # nothing to do
+    assert ran == [0, 1]
 
 
 def run_of(losses, **columns):
@@ -433,10 +650,11 @@ def run_of(losses, **columns):
             "accuracy": 0.01 * step,
         }
         for step in range(1, len(losses) + 1)
-        for split in ("train", "test")
+        for split in ("train", "test", "train_eval")
         for source in ("main", "aux1")
     ]
     frame = pd.DataFrame(rows)
+    frame.loc[frame.split == "train_eval", ["loss", "accuracy"]] *= 3
     main = (frame.split == "train") & (frame.source == "main")
     frame.loc[main, "loss"] = losses
     return frame.assign(**columns)
@@ -450,16 +668,172 @@ def test_escape_from_chance(smooth, classes, step):
     chance = math.log(4)
     metrics = pd.concat(
         [
-            run_of([chance] * 4 + [0.5 * chance] * 4, variant="b", seed=1),
-            run_of([chance] * 5, variant="a", seed=0),
+            run_of([chance] * 4 + [0.5 * chance] * 4, run="y", variant="b", seed=1),
+            run_of([chance] * 5, run="x", variant="b", seed=1),
         ]
     )
     frame = escape_steps(metrics, classes, smooth=smooth)
-    assert list(frame.columns) == ["variant", "seed", "escape_step", "test_loss", "test_accuracy"]
+    assert list(frame.columns) == [
+        "run", "variant", "seed", "steps", "escape_step", "test_loss", "test_accuracy",
+    ]  # fmt: skip
     assert str(frame.escape_step.dtype) == "Int64"
-    assert frame.variant.tolist() == ["b", "a"]
-    assert frame.seed.tolist() == [1, 0]
+    assert frame.run.tolist() == ["y", "x"]
+    assert frame.variant.tolist() == ["b", "b"]
+    assert frame.seed.tolist() == [1, 1]
+    assert frame.steps.tolist() == [8, 5]
     assert frame.test_loss.tolist() == pytest.approx([0.8, 0.5])
     assert frame.test_accuracy.tolist() == pytest.approx([0.08, 0.05])
     stuck = 1 if (smooth, classes) == (1, 100) else None
     assert [None if pd.isna(s) else s for s in frame.escape_step] == [step, stuck]
+
+
+def test_below_chance_means_five_percent_below():
+    chance = math.log(4)
+    metrics = run_of([0.951 * chance] * 3 + [0.949 * chance], run="a")
+    assert escape_steps(metrics, 4, smooth=1).escape_step.tolist() == [4]
+
+
+def test_escape_of_a_head():
+    metrics = run_of([9.0] * 3, run="a")
+    assert escape_steps(metrics, 4, smooth=1).escape_step.isna().all()
+    assert escape_steps(metrics, 4, smooth=1, source="aux1").escape_step.tolist() == [1]
+
+
+def test_a_run_that_stopped_early_has_no_test(tmp_path):
+    metrics = run_of([2.0, math.nan], run="a", stopped="the main loss became nan at step 2")
+    frame = escape_steps(metrics[metrics.split == "train"], 4, smooth=1)
+    assert frame.steps.tolist() == [2]
+    assert frame.escape_step.isna().all()
+    assert frame.test_loss.isna().all()
+    assert frame.test_accuracy.isna().all()
+    options = TINY | {"init": "kaiming", "clip": None, "learning_rate": 1e9, "steps": 25}
+    found = study({"seed": 0}, folder=tmp_path, device="cpu", progress=False, **options)
+    frame = escape_steps(found, 16)
+    assert frame.stopped.iloc[0].startswith("the ")
+    assert frame.steps.iloc[0] < 25
+    assert frame.test_loss.isna().all()
+
+
+def test_a_run_that_stopped_after_a_test_has_no_test_at_the_end():
+    metrics = run_of([2.0] * 3 + [math.nan], run="a", stopped="the main loss became nan at step 4")
+    metrics = metrics[(metrics.split == "train") | (metrics.step == 2)]
+    frame = escape_steps(metrics, 4, smooth=1)
+    assert frame.test_loss.isna().all()
+    assert frame.test_accuracy.isna().all()
+
+
+def escapes(steps, length=100, **columns):
+    frame = pd.DataFrame({"escape_step": pd.array(steps, "Int64"), "steps": length})
+    frame["test_accuracy"] = [0.1 * i for i in range(len(steps))]
+    return frame.assign(**columns)
+
+
+def test_escape_summary_by_hand():
+    one = escapes([20, 40, None, 60], norm="none", heads="both")
+    other = escapes([30], norm="batch", heads="both")
+    stuck = escapes([None, None], length=70, norm="batch", heads="none")
+    frame = escape_summary(pd.concat([one, other, stuck]), ["norm", "heads"])
+    assert list(frame.columns) == [
+        "norm", "heads", "seeds", "escaped", "mean_steps", "low", "high", "test_accuracy",
+    ]  # fmt: skip
+    assert frame.norm.tolist() == ["none", "batch", "batch"]
+    assert frame.heads.tolist() == ["both", "both", "none"]
+    assert frame.seeds.tolist() == [4, 1, 2]
+    assert frame.escaped.tolist() == [3, 1, 0]
+    assert frame.mean_steps.tolist() == [(20 + 40 + 100 + 60) / 4, 30, 70]
+    assert frame.test_accuracy.tolist() == pytest.approx([0.15, 0.0, 0.05])
+    assert (frame.low <= frame.mean_steps).all()
+    assert (frame.high >= frame.mean_steps).all()
+    assert frame.low.tolist()[1:] == frame.high.tolist()[1:] == [30, 70]
+    assert 20 < frame.low[0] < 55 < frame.high[0] < 100
+
+
+def test_the_interval_is_the_percentile_bootstrap():
+    values = np.random.default_rng(1).integers(1, 1000, 400)
+    frame = escape_summary(escapes(values, length=1000, norm="none"), "norm")
+    reach = 1.96 * values.std() / 20
+    assert frame.low[0] == pytest.approx(values.mean() - reach, abs=0.1 * reach)
+    assert frame.high[0] == pytest.approx(values.mean() + reach, abs=0.1 * reach)
+    again = escape_summary(escapes(values, length=1000, norm="none"), "norm")
+    pd.testing.assert_frame_equal(again, frame, check_exact=True)
+    other = escape_summary(escapes(values, length=1000, norm="none"), "norm", seed=1)
+    assert other.low[0] != frame.low[0]
+
+
+def test_escape_summary_keeps_runs_whose_field_is_none():
+    both = pd.concat([escapes([20], clip=1.0), escapes([40], clip=None)])
+    assert escape_summary(both, "clip").mean_steps.tolist() == [20, 40]
+
+
+def test_generalization_by_hand():
+    one = run_of([1.0] * 4, run="b", stopped="", seed=1)
+    other = run_of([1.0] * 7, run="a", stopped="", seed=0)
+    frame = generalization(pd.concat([one, other]))
+    assert set(frame.columns) == {
+        "run", "stopped", "seed", "train_accuracy", "test_accuracy", "gap",
+    }  # fmt: skip
+    assert frame.columns.name is None
+    frame = frame.sort_values("seed", ignore_index=True)
+    assert frame.run.tolist() == ["a", "b"]
+    assert frame.train_accuracy.tolist() == pytest.approx([0.21, 0.12])
+    assert frame.test_accuracy.tolist() == pytest.approx([0.07, 0.04])
+    assert frame.gap.tolist() == pytest.approx([0.14, 0.08])
+
+
+def test_the_columns_of_generalization_are_in_the_order_that_is_documented():
+    frame = generalization(run_of([1.0], run="a", seed=0))
+    assert list(frame.columns) == ["run", "seed", "train_accuracy", "test_accuracy", "gap"]
+
+
+def test_generalization_keeps_runs_whose_field_is_none():
+    both = pd.concat([run_of([1.0], run="a", clip=1.0), run_of([1.0] * 2, run="b", clip=None)])
+    frame = generalization(both)
+    assert sorted(frame.run) == ["a", "b"]
+    assert sorted(frame.gap) == pytest.approx([0.02, 0.04])
+
+
+def test_generalization_needs_accuracy_on_training_images():
+    metrics = run_of([1.0] * 4, run="a")
+    with pytest.raises(ValueError, match="train_batches"):
+        generalization(metrics[metrics.split != "train_eval"])
+
+
+def test_the_study_feeds_what_reads_it(tmp_path):
+    options = TINY | {"folder": tmp_path, "device": "cpu", "progress": False, "train_batches": 1}
+    metrics = study({"heads": ["none", "both"], "seed": [0, 1]}, test_every=1, **options)
+    gaps, steps = generalization(metrics), escape_steps(metrics, 16, smooth=1)
+    assert sorted(gaps.run) == sorted(steps.run) == sorted(set(metrics.run))
+    merged = gaps.merge(steps, on=["run", "stopped", "heads", "seed"], suffixes=("", "_other"))
+    assert len(merged) == 4
+    assert (merged.test_accuracy == merged.test_accuracy_other).all()
+    assert escape_summary(steps, "heads").seeds.tolist() == [2, 2]
+    assert paired_difference(steps, "test_accuracy", "heads", "both", "none")["seeds"] == 2
+
+
+def test_paired_difference_is_students_interval():
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"seed": [*range(6), *reversed(range(6))], "heads": ["both"] * 6 + ["none"] * 6}
+    ).assign(gap=lambda f: random.normal(size=12) + f.seed)
+    values = frame.set_index(["heads", "seed"]).gap
+    differences = (values["both"] - values["none"]).to_numpy()
+    interval = ttest_1samp(differences, 0).confidence_interval(0.95)
+    unpaired = frame.sample(frac=1, random_state=0)
+    found = paired_difference(unpaired, "gap", "heads", "both", "none")
+    assert found == pytest.approx(
+        {"mean": differences.mean(), "low": interval.low, "high": interval.high, "seeds": 6}
+    )
+    other = paired_difference(unpaired, "gap", "heads", "none", "both")
+    assert other["mean"] == pytest.approx(-found["mean"])
+    # seed 7 has no partner
+    more = pd.concat([frame, pd.DataFrame({"seed": [7], "heads": ["both"], "gap": [99.0]})])
+    assert paired_difference(more, "gap", "heads", "both", "none") == pytest.approx(found)
+
+
+def test_the_difference_of_a_single_seed_has_no_interval():
+    frame = pd.DataFrame({"seed": [3, 3], "norm": ["none", "batch"], "value": [1.0, 3.0]})
+    found = paired_difference(frame, "value", "norm", "batch", "none")
+    assert found["mean"] == 2
+    assert math.isnan(found["low"])
+    assert math.isnan(found["high"])
+    assert found["seeds"] == 1

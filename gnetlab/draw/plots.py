@@ -412,55 +412,6 @@ def plot_overlay(
     return ax
 
 
-def plot_gradient_flow(flow: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Gradient RMS over depth, one line per source: geometric mean over layers and seeds.
-
-    Columns: `stage`, `source`, `gradient_rms`, and `seed` (the band is its range, stage by stage).
-    Heads' own layers are left out: the trunk is what the losses share.
-    """
-    ax = _axes(ax)
-    trunk = flow[~flow.stage.isin(["aux1", "aux2"]) & (flow.gradient_rms > 0)]
-    stages = style.stage_order(list(trunk.stage))
-    logs = trunk.assign(log=np.log10(trunk.gradient_rms))
-    per_seed = logs.groupby(["source", "stage", "seed"]).log.mean()
-    for source, color in style.SOURCE_COLORS.items():
-        if source not in per_seed.index.get_level_values("source"):
-            continue
-        groups = per_seed[source].groupby("stage")
-        low, mid, high = (
-            10 ** getattr(groups, f)().reindex(stages) for f in ("min", "mean", "max")
-        )
-        wide = source == "total"  # below the others, which it covers where they agree
-        ax.plot(range(len(stages)), mid, color=color, label=style.SOURCE_LABELS[source],
-                linewidth=4 if wide else 1.3, zorder=1 if wide else 2,
-                marker="" if wide else "o", markersize=2.5)  # fmt: skip
-        ax.fill_between(range(len(stages)), low, high, color=color, alpha=0.2, linewidth=0)
-    ax.set_xticks(range(len(stages)), stages)
-    ax.set(yscale="log")
-    return ax
-
-
-def plot_training(
-    metrics: pd.DataFrame, value: str = "loss", *, by: str = "variant", smooth: int = 10,
-    ax: Axes | None = None,
-) -> Axes:  # fmt: skip
-    """Training curves: one colour per `by`, thin lines per seed, thick their mean, band the range.
-
-    Columns: `step`, `seed`, `by`, and `value`; each seed is smoothed over `smooth` steps.
-    """
-    ax = _axes(ax)
-    for i, (variant, rows) in enumerate(metrics.groupby(by, sort=False)):
-        table = rows.pivot_table(index="step", columns="seed", values=value)
-        table = table.rolling(smooth, min_periods=1).mean()
-        color = style.SERIES[i]
-        ax.plot(table.index, table, color=color, linewidth=0.5, alpha=0.6)
-        ax.plot(table.index, table.mean(axis=1), color=color, label=str(variant), linewidth=1.6)
-        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15,
-                        linewidth=0)  # fmt: skip
-    ax.set(xlabel="training step")
-    return ax
-
-
 def plot_zero_share(structure: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What a module's one 5x5 convolution consists of: weights by branch, and empty for zeros.
 

@@ -37,7 +37,7 @@ OPERATION_COLORS = {
 }
 EMPHASIS, QUIET = "#C4451C", "#8A8A8A"
 # For variants without a colour of their own (networks, heads on or off), in order of use.
-SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227")
+SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227", "#4B5A1E", "#9FD8C8")
 
 STAGES = ("stem", "3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "head")
 WIDTHS = {"column": 3.5, "page": 7.2}  # inches

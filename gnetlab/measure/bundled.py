@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gnetlab.measure.training import evaluate, train
+from gnetlab.measure.loop import evaluate, train
 from gnetlab.net.architecture import architecture
 from gnetlab.net.augment import AugmentedCrops
 from gnetlab.net.data import PhotoCrops

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from gnetlab.measure.loop import train
 from gnetlab.measure.specialization import PROPERTIES, channel_selectivity, outputs
-from gnetlab.measure.training import train
 from gnetlab.net.architecture import MODULES, Architecture, Widths, architecture
 from gnetlab.net.model import build
 from gnetlab.net.weights import calibrate_batch_norm
@@ -85,7 +85,7 @@ def branch_confound(
     layouts   "paper": Table 1's widths; "equal": those of `equal_widths`
     stages    modules that count: by default the three that `PUBLISHED` is about
     width     of the networks (compact stem, batch norm, no heads); size: see `channel_selectivity`
-    options   for `gnetlab.measure.training.train`
+    options   for `gnetlab.measure.loop.train`
 
     Each network is looked at before training (batch norm set from a batch) and after it. The seed
     decides weights and batches, so that variants of one seed see the same pictures.

@@ -181,7 +181,7 @@ _STEM = re.compile(r"input_transform|conv[123](_reduce)?|(max)?pool[012]|lrn[12]
 
 @functools.lru_cache(maxsize=4096)
 def _stage(top: str) -> str:
-    found = re.fullmatch(r"inception(\d[a-e])", top)
+    found = re.fullmatch(r"inception(\d[a-e])(?:_\d+)?", top)
     if found:
         return found[1]
     if top in _AFTER:

@@ -77,7 +77,7 @@ def _module(
 ) -> Iterator[_Layer]:
     """An Inception module's convolutions; returns its output channels."""
     unit = {"bias": arch.conv_bias, "norm": arch.norm == "batch"}
-    stage = "stem" if stage.startswith("inception") else stage
+    stage = "stem" if stage.startswith("inception") else stage.partition("_")[0]
     yield _Layer(stage, "1x1", inputs, widths.conv1x1, side**2, **unit)
     kernels = {"5x5": [25], "3x3": [9], "3x3+3x3": [9, 9]}[arch.branch5x5]
     for branch, reduced, outputs, windows in (
@@ -103,7 +103,7 @@ def _layers(arch: Architecture, side: int, modules: Mapping[str, Widths]) -> Ite
             yield item
         else:
             side, channels = item
-    for stage in MODULES:
+    for stage in arch.stages:
         if stage in ("4a", "5a"):
             side = _pooled(side, 3 if stage == "4a" else arch.pool4_size)
         widths = modules.get(stage) or arch.module_widths(stage)

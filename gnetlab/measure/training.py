@@ -1,306 +1,435 @@
-"""The small, seeded training loop that the experiments share.
+"""Experiments: trainings on a grid of settings, kept on disk, and what to read off them.
 
-`train()`     SGD with momentum on the weighted losses; metrics as a frame; resumable
-`compare()`   several variants of a network, each from several seeds
-`evaluate()`  loss and accuracy on a data set's test images
-`escape_steps()`  when each run left the plateau at chance
+`Experiment`   everything that decides a training run
+`study()`      run what is missing of a grid, and return all of it as one frame
+`local_executor()`  processes on this machine that share its cores, or its GPU
+`escape_steps()`, `escape_summary()`  when runs left the plateau at chance
+`generalization()`, `paired_difference()`  the gap between training and test images
+
+The loop itself is `gnetlab.measure.loop`.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from gnetlab.measure.gradients import HEAD_WEIGHT, weighted_losses
-from gnetlab.measure.hooks import in_mode
-from gnetlab.net.model import googlenet
+from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
+from gnetlab.measure.latency import device_name, resolve_device
+from gnetlab.measure.loop import METRICS, check_options, train
+from gnetlab.net.architecture import architecture
+from gnetlab.net.data import check_name, load
+from gnetlab.net.model import INITS, GoogLeNet, googlenet
 
-METRICS = ("step", "split", "source", "loss", "accuracy")
-_READ_EVERY = 20  # steps between transfers of the metrics from the device
+HEADS = {"none": (), "lower": ("aux1",), "upper": ("aux2",), "both": ("aux1", "aux2")}
+NORMS = {"none": None, "lrn": "lrn", "batch": "batch"}
+FRAMES = ("metrics", "gradients")
+# Accuracy of other people's GoogLeNets on the test set.
+PUBLISHED = {
+    "fashion-mnist": "93.7% (zalando's README)",
+    "cifar10": "89.7% (UvA's tutorial 5, 260k parameters), 92.9% (huyvnphan), 93.6% (conan7882)",
+}
 
 
-def train(
-    model: nn.Module,
-    data: Any,
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A training run: the same experiment gives the same result, on the CPU bit for bit.
+
+    norm           "none", "lrn" or "batch"
+    init           "default" (PyTorch's), "gain G" (std G * sqrt(2 / fan_in)), or a name that
+                   `gnetlab.net.model.initialize` knows
+    heads          "none", "lower" (aux1), "upper" (aux2) or "both"
+    heads_until    fraction of the steps after which the heads' losses no longer count
+    train_batches  batches of 256 training images evaluated beside each test
+    gradients_every  steps between splits of the gradient by its source (0: none)
+
+    The others are those of `googlenet`, `gnetlab.net.data.load` and `gnetlab.measure.loop.train`.
+    """
+
+    data: str = "photocrops"
+    size: int = 32
+    stem: str = "compact"
+    width: float = 0.25
+    extra_modules: int = 0
+    norm: str = "none"
+    init: str = "default"
+    heads: str = "both"
+    head_weight: float = HEAD_WEIGHT
+    heads_until: float = 1.0
+    optimizer: str = "sgd"
+    learning_rate: float = 0.05
+    weight_decay: float = 0.0
+    cosine: bool = False
+    clip: float | None = 1.0
+    batch_size: int = 32
+    steps: int = 300
+    test_every: int | None = None
+    train_batches: int = 0
+    gradients_every: int = 0
+    mixed_precision: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # 1 and 1.0 are the same experiment
+            value = getattr(self, field.name)
+            if field.type == "float" and isinstance(value, int):
+                object.__setattr__(self, field.name, float(value))
+        for field, known in (("norm", NORMS), ("heads", HEADS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"{field}={value!r} asked; choose one of {', '.join(known)}")
+        _initialization(self.init)
+        check_name(self.data)
+        check_options(self.optimizer, self.heads_until)
+        architecture(stem=self.stem, width=self.width, extra_modules=self.extra_modules)
+
+    def network(self, classes: int, in_channels: int) -> GoogLeNet:
+        """The network before training. Heads do not shift what the trunk draws."""
+        return googlenet(
+            stem=self.stem, width=self.width, extra_modules=self.extra_modules,
+            norm=NORMS[self.norm], init=_initialization(self.init), aux=HEADS[self.heads],
+            num_classes=classes, in_channels=in_channels, seed=self.seed,
+        )  # fmt: skip
+
+    def key(self, device: str) -> str:
+        """Names the record: a digest of the experiment, the kind of device, and the code."""
+        content = [dataclasses.asdict(self), device, _code(), torch.__version__]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _initialization(name: str) -> str | tuple[str, float] | None:
+    """What `googlenet` takes.
+
+    >>> _initialization("gain 0.6"), _initialization("default")
+    (('gain', 0.6), None)
+    """
+    gain = re.fullmatch(r"gain (\d+\.?\d*)", name)
+    if not gain and name not in ("default", *INITS):
+        raise ValueError(
+            f"init={name!r} asked; choose one of default, {', '.join(INITS)}, or as 'gain 0.6'"
+        )
+    return ("gain", float(gain[1])) if gain else None if name == "default" else name
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of the files that decide a result: records of other code are not reused."""
+    here = Path(__file__).parent
+    names = ("loop.py", "gradients.py", "../net/model.py", "../net/architecture.py",
+             "../net/data.py", "../net/datasets.py")  # fmt: skip
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
+
+
+def study(
+    grid: Mapping[str, Any] | Iterable[Mapping[str, Any]],
     *,
-    steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 0.05,
-    momentum: float = 0.9,
-    weight_decay: float | Callable[[str], float] = 0.0,
-    nesterov: bool = False,
-    cosine: bool = False,
-    clip: float | None = None,
-    head_weight: float = HEAD_WEIGHT,
-    test_every: int | None = None,
-    seed: int = 0,
-    mixed_precision: bool = False,
-    channels_last: bool = False,
-    checkpoint: str | Path | None = None,
-    save_every: int = 500,
+    folder: str | Path,
+    device: str | torch.device = "auto",
+    executor: Any = None,
+    frame: str = "metrics",
     progress: bool = True,
+    **shared: Any,
 ) -> pd.DataFrame:
-    """Train `model` in place, on its own device, and return its metrics.
+    """Run every experiment of a grid that `folder` has no record of, and return all of them.
 
-    data             a data set of `gnetlab.net.data` on the same device
-    weight_decay     for all parameters, or a function of a parameter's dotted name
-    nesterov         Nesterov's momentum
-    cosine           let the learning rate rise over the first 2% of the steps, then fall to 0 as
-                     half a cosine (Loshchilov and Hutter 2017, arXiv 1608.03983)
-    clip             largest norm of the whole gradient (None: no clipping)
-    head_weight      weight of each auxiliary loss (0.3 in the paper)
-    test_every       steps between evaluations on the test set (None: at the end only)
-    mixed_precision  bfloat16 autocast
-    progress         a bar, on a terminal and in Jupyter only
-    checkpoint       file to save to every `save_every` steps and at the end, written atomically;
-                     if it exists, training goes on from it, exactly as if never interrupted
+    grid      field of `Experiment` -> a value, or a list of values of which every combination is
+              run; or several such grids
+    folder    gets one file of JSON lines per run, written at its end and whole or not at all: a
+              study that was killed loses the runs in flight, and goes on when called again. A
+              record is reused for the same experiment, kind of device, torch and gnetlab code
+    executor  anything with `submit` whose futures have `add_done_callback`, as those of
+              concurrent.futures and a Dask client; None runs here, one after another. Give it
+              processes: threads of one process take turns
+    frame     "metrics" or "gradients" (of experiments with `gradients_every`)
+    progress  a bar, on a terminal and in Jupyter only
+    shared    fields that all experiments have in common
 
-    Columns: `step` (updates made), `split` (train, test), `source` (main, aux1, aux2, and total
-    for train), `loss` (unweighted cross-entropy in nats; total weighted), `accuracy` (fraction of
-    the batch, NA for total). Equal seeds give equal results on the CPU.
+    Columns: those of `gnetlab.measure.loop.train`, or `step` (updates made before) and those of
+    `gradient_flow`; and `run` (the record's name), `stopped` (why a run ended early, else ""), and
+    every field that `grid` names.
 
-    Raises RuntimeError at a non-finite loss, with the metrics so far in its `metrics`.
+    A run whose loss becomes infinite or NaN is a result: its metrics until then are kept. Any other
+    error ends the study; finished runs are kept. Raises ValueError for unknown fields and values
+    before anything runs.
     """
-    device = next(model.parameters()).device
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        _groups(model, weight_decay), learning_rate, momentum=momentum, nesterov=nesterov
-    )
-    path = Path(checkpoint) if checkpoint else None
-    records: list[dict[str, Any]] = []
-    start = 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # dropout
-        if path and path.exists():
-            start, records = _resume(path, model, optimizer, device)
-        autocast = torch.autocast(device.type, torch.bfloat16, mixed_precision)
-        pending: list[tuple[int, dict[str, tuple[Tensor, Tensor | None]]]] = []
-        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or None)
-        for step in bar:
-            model.train()
-            if cosine:
-                rate = learning_rate * _cosine(step, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-            images, labels = data.train_batch(step, batch_size, seed)
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            with autocast:
-                output = model(images)
-            losses = weighted_losses(_in_float(output), labels, head_weight)
-            total = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            if clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            pending.append((step + 1, _metrics(output, labels, total)))
-            at_end = step + 1 == steps
-            save = path is not None and (at_end or (step + 1) % save_every == 0)
-            test = at_end or (test_every is not None and (step + 1) % test_every == 0)
-            if save or test or len(pending) == _READ_EVERY:
-                _read(pending, records)
-            if test:
-                scores = evaluate(model, data, channels_last=channels_last)
-                records.append({"step": step + 1, "split": "test", "source": "main", **scores})
-                _check_finite(records)
-            if save:
-                _save(path, model, optimizer, step + 1, records, device)
-    return _frame(records)
-
-
-def compare(
-    variants: Mapping[str, Mapping[str, Any]],
-    data: Any,
-    seeds: Iterable[int],
-    *,
-    network: Mapping[str, Any],
-    **options: Any,
-) -> pd.DataFrame:
-    """`train` every variant from every seed.
-
-    `variants` map a label to arguments of `googlenet`, on top of the shared `network`; `options`
-    go to `train`. The seed decides the weights, the batches and dropout.
-
-    Columns: those of `train`, and `variant`, `seed`.
-    """
-    if "checkpoint" in options:
-        raise ValueError("compare() trains several networks; one checkpoint cannot serve them all")
+    if frame not in FRAMES:
+        raise ValueError(f"frame={frame!r} asked; choose {' or '.join(FRAMES)}")
+    experiments, named = _experiments(grid, shared)
+    folder, device = Path(folder), resolve_device(str(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / f"{e.key(device.type)}.jsonl": e for e in experiments}
+    missing = {path: e for path, e in paths.items() if not path.exists()}
+    _run_all(missing, str(device), executor, progress, folder)
     frames = []
-    for (variant, changes), seed in product(variants.items(), seeds):
-        model = googlenet(**{**network, **changes}, seed=seed).to(data.device)
-        metrics = train(model, data, seed=seed, **options)
-        frames.append(metrics.assign(variant=variant, seed=seed))
+    for path, experiment in paths.items():
+        facts, found = _read_record(path, frame)
+        fields = {name: getattr(experiment, name) for name in named}
+        frames.append(found.assign(run=path.stem, stopped=facts["stopped"] or "", **fields))
+    frames = [found for found in frames if len(found)] or frames[:1]
     return pd.concat(frames, ignore_index=True)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: Any, *, channels_last: bool = False) -> dict[str, float]:
-    """`loss` (mean cross-entropy in nats) and `accuracy` (fraction) on the test images."""
-    loss = correct = count = 0
-    with in_mode(model, training=False):
-        for images, labels in data.test_batches():
-            if channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            logits = model(images)
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-            correct = correct + (logits.argmax(1) == labels).sum()
-            count += len(labels)
-    return {"loss": float(loss) / count, "accuracy": float(correct) / count}
+def _experiments(grid: Any, shared: Mapping[str, Any]) -> tuple[list[Experiment], list[str]]:
+    known = [field.name for field in dataclasses.fields(Experiment)]
+    grids = [grid] if isinstance(grid, Mapping) else list(grid)
+    experiments: dict[Experiment, None] = {}
+    named: dict[str, None] = {}
+    for fields in grids:
+        unknown = [name for name in {**shared, **fields} if name not in known]
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}; an Experiment has {', '.join(known)}")
+        many = {
+            name: list(value) if isinstance(value, Iterable) and not isinstance(value, str) else
+            [value] for name, value in fields.items()
+        }  # fmt: skip
+        for values in product(*many.values()):
+            chosen = {**shared, **dict(zip(many, values, strict=True))}
+            # numpy's and pandas' numbers as Python's
+            chosen = {k: v.item() if hasattr(v, "item") else v for k, v in chosen.items()}
+            experiments[Experiment(**chosen)] = None
+        named |= dict.fromkeys(many)
+    if not experiments:
+        raise ValueError(f"grid={grid!r} has no experiments; give each field at least one value")
+    return list(experiments), list(named)
 
 
-def escape_steps(metrics: pd.DataFrame, classes: int, *, smooth: int = 10) -> pd.DataFrame:
-    """When each run of `compare` left the plateau at chance.
+def _run_all(
+    missing: Mapping[Path, Experiment], device: str, executor: Any, progress: bool, folder: Path
+) -> None:
+    bar = tqdm(total=len(missing), unit="run", disable=(not progress or not missing) or None)
+    if executor is None:
+        for path, experiment in missing.items():
+            _write(path, run(experiment, device))
+            bar.update()
+        bar.close()
+        return
+    finished: queue.Queue = queue.Queue()
+    futures: dict[Any, Path] = {}
+    try:
+        for path, experiment in missing.items():
+            future = executor.submit(run, experiment, device)
+            futures[future] = path
+            future.add_done_callback(finished.put)
+        for _ in futures:
+            future = finished.get()
+            _write(futures[future], future.result())
+            bar.update()
+    except concurrent.futures.BrokenExecutor as error:
+        raise RuntimeError(
+            f"a process that ran experiments ended ({error}); out of memory? Runs that were done "
+            f"are kept in {folder}: call again to go on, with fewer processes"
+        ) from error
+    finally:
+        bar.close()
+        for future in futures:
+            future.cancel()
+        while not finished.empty():  # after an error: what else was done meanwhile
+            future = finished.get()
+            with contextlib.suppress(Exception, concurrent.futures.CancelledError):
+                _write(futures[future], future.result())
 
-    Columns: `variant`, `seed`, `escape_step` (first step at which the main training loss,
-    averaged over `smooth` steps, is below 95% of chance, ln classes; NA if it never is),
-    `test_loss` (nats), `test_accuracy` (fraction), both at the end.
+
+_ONE_AT_A_TIME = threading.Lock()  # runs seed the random state, which threads share
+
+
+def run(experiment: Experiment, device: str = "cpu") -> str:
+    """Run one experiment and return its record, as JSON lines; what a worker does."""
+    with _ONE_AT_A_TIME:
+        return _run(experiment, device)
+
+
+def _run(experiment: Experiment, device: str) -> str:
+    data = _data(experiment.data, experiment.size, device)
+    model = experiment.network(len(data.classes), data.in_channels).to(data.device)
+    recorder = GradientRecorder(model, every=experiment.gradients_every)
+    start, stopped = time.perf_counter(), None
+    names = ("steps", "batch_size", "learning_rate", "optimizer", "weight_decay", "cosine", "clip",
+             "head_weight", "heads_until", "test_every", "train_batches", "mixed_precision",
+             "seed")  # fmt: skip
+    try:
+        metrics = train(
+            model, data, channels_last=True, progress=False,
+            gradients=recorder if experiment.gradients_every else None,
+            **{name: getattr(experiment, name) for name in names},
+        )  # fmt: skip
+    except RuntimeError as error:
+        if not hasattr(error, "metrics"):
+            raise
+        metrics, stopped = error.metrics, str(error).partition(";")[0]
+    facts = {
+        "seconds": time.perf_counter() - start, "stopped": stopped,
+        "device": device_name(torch.device(device)), "torch": torch.__version__,
+    }  # fmt: skip
+    lines = [{"experiment": dataclasses.asdict(experiment), **facts}]
+    for name, table in zip(FRAMES, (metrics, recorder.splits()), strict=True):
+        whole = table.astype(object).where(table.notna(), None)
+        lines.append({"frame": name, "columns": whole.to_dict("list")})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@functools.lru_cache(maxsize=2)
+def _data(name: str, size: int, device: str) -> Any:
+    return load(name, size=size, device=device)
+
+
+def _write(path: Path, record: str) -> None:
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        part.write_text(record)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_record(path: Path, frame: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    try:
+        facts, *frames = map(json.loads, path.read_text().splitlines())
+        columns = next(line["columns"] for line in frames if line["frame"] == frame)
+        found = pd.DataFrame(columns).infer_objects()
+        for name in ("loss", "accuracy"):
+            if name in found:
+                found[name] = found[name].astype(float)
+        return facts, found
+    except (ValueError, KeyError, StopIteration, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a whole record ({type(error).__name__}: {error}); delete it, and the "
+            "run is done again"
+        ) from error
+
+
+def local_executor(
+    device: str | torch.device = "auto", workers: int | None = None
+) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes for `study`: on the CPU one per core, with a thread each; on a GPU four share it.
+
+    A small network uses neither two cores nor a whole GPU well: several at once are done sooner.
     """
+    on_cpu = resolve_device(str(device)).type == "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (cores if on_cpu else 4)
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _begin, (max(1, cores // workers),)
+    )
+
+
+def _begin(threads: int) -> None:
+    """What a worker does first; it ends with its parent, even a killed one."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def escape_steps(
+    metrics: pd.DataFrame, classes: int, *, source: str = "main", smooth: int = 10
+) -> pd.DataFrame:
+    """When each run left the plateau at chance. `metrics` as from `study`.
+
+    Columns: `run` and what else `metrics` says of the runs; `steps` (its length), `escape_step`
+    (first step at which the training loss of `source`, averaged over `smooth` steps, is below 95%
+    of chance, ln classes; NA if it never is), `test_loss` (nats) and `test_accuracy` (fraction) at
+    the end, NA for a run that stopped early.
+    """
+    about = [name for name in metrics if name not in METRICS]
     rows = []
-    for (variant, seed), run in metrics.groupby(["variant", "seed"], sort=False):
-        main = run[(run.split == "train") & (run.source == "main")].set_index("step")
-        loss = main.loss.rolling(smooth).mean()
+    for _, one in metrics.groupby("run", sort=False):
+        chosen = one[(one.split == "train") & (one.source == source)].set_index("step")
+        loss = chosen.loss.rolling(smooth).mean()
         below = loss.index[loss < 0.95 * math.log(classes)]
-        test = run[run.split == "test"].iloc[-1]
+        at_end = (one.step == one.step.max()) & (one.source == "main")
+        test = one[at_end & (one.split == "test")]
         rows.append(
             {
-                "variant": variant,
-                "seed": seed,
+                **one.iloc[0][about].to_dict(), "steps": int(one.step.max()),
                 "escape_step": below[0] if len(below) else pd.NA,
-                "test_loss": test.loss,
-                "test_accuracy": test.accuracy,
+                "test_loss": test.loss.item() if len(test) else np.nan,
+                "test_accuracy": test.accuracy.item() if len(test) else np.nan,
             }
-        )
+        )  # fmt: skip
     return pd.DataFrame(rows).astype({"escape_step": "Int64"})
 
 
-def _groups(model: nn.Module, weight_decay: float | Callable[[str], float]) -> list[dict[str, Any]]:
-    """Parameters by weight decay, as the optimizer takes them."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decay = weight_decay(name) if callable(weight_decay) else weight_decay
-        groups.setdefault(decay, []).append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
+def escape_summary(
+    escapes: pd.DataFrame, by: str | Sequence[str], *, resamples: int = 5000, seed: int = 0
+) -> pd.DataFrame:
+    """Steps to leave the plateau, over seeds.
 
+    A run that never left counts with its length, so that a mean which reaches the length means
+    "none left", and every other one is a lower bound where some did not.
 
-def _cosine(step: int, steps: int) -> float:
-    """The share of the learning rate at a step.
-
-    >>> [round(_cosine(step, 100), 3) for step in (0, 1, 2, 51, 99)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
+    Columns: `by`, `seeds` (runs), `escaped` (of them), `mean_steps`, `low`, `high` (95% interval of
+    the mean by the percentile bootstrap over runs; with three runs a rough one), `test_accuracy`
+    (mean).
     """
-    warm = max(1, round(0.02 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
+    by, random = [by] if isinstance(by, str) else list(by), np.random.default_rng(seed)
+    rows = []
+    for key, runs in escapes.groupby(by, sort=False, dropna=False):
+        values = runs.escape_step.fillna(runs.steps).to_numpy(float)
+        means = random.choice(values, (resamples, len(values))).mean(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)), "seeds": len(runs),
+                "escaped": int(runs.escape_step.notna().sum()), "mean_steps": values.mean(),
+                "low": low, "high": high, "test_accuracy": runs.test_accuracy.mean(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
-def _in_float(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.float()
-    return output._replace(**{k: v.float() for k, v in output._asdict().items() if v is not None})
+def generalization(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy on training and on test images at the end of each run, both in eval mode.
+
+    Runs that stopped early are left out.
+
+    metrics   as from `study` of experiments with `train_batches`
+    Columns: `run` and what else `metrics` says of the runs, `train_accuracy`, `test_accuracy`
+    (fractions), `gap` (the first less the second).
+    """
+    about = [name for name in metrics if name not in METRICS]
+    scores = metrics[metrics.split.isin(["train_eval", "test"]) & (metrics.source == "main")]
+    if "train_eval" not in set(scores.split):
+        raise ValueError("no accuracy on training images; run the study with train_batches=8")
+    last = scores[scores.step == metrics.groupby("run").step.max()[scores.run].to_numpy()]
+    table = last.pivot(index=about, columns="split", values="accuracy")[["train_eval", "test"]]
+    table = table.set_axis(["train_accuracy", "test_accuracy"], axis=1).reset_index()
+    return table.assign(gap=table.train_accuracy - table.test_accuracy)
 
 
-def _metrics(output: Any, labels: Tensor, total: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
-    logits = {"main": output} if isinstance(output, Tensor) else output._asdict()
-    metrics: dict[str, tuple[Tensor, Tensor | None]] = {}
-    with torch.no_grad():
-        for source, values in logits.items():
-            if values is not None:
-                loss = F.cross_entropy(values.float(), labels)
-                accuracy = (values.argmax(1) == labels).float().mean()
-                metrics["main" if source == "logits" else source] = (loss, accuracy)
-    metrics["total"] = (total.detach(), None)
-    return metrics
+def paired_difference(
+    frame: pd.DataFrame, value: str, by: str, one: Any, other: Any
+) -> dict[str, float]:
+    """`value` where `by` is `one`, less where it is `other`, within seeds.
 
+    Returns `mean`, `low`, `high` (95% interval by Student's t; NaN for a single seed), `seeds`.
+    """
+    from scipy.stats import t
 
-def _read(pending: list, records: list[dict[str, Any]]) -> None:
-    """Move metrics from the device to `records`; stop at the first loss that is not finite."""
-    for step, metrics in pending:
-        for source, (loss, accuracy) in metrics.items():
-            records.append(
-                {
-                    "step": step,
-                    "split": "train",
-                    "source": source,
-                    "loss": float(loss),
-                    "accuracy": float("nan") if accuracy is None else float(accuracy),
-                }
-            )
-    pending.clear()
-    _check_finite(records)
-
-
-def _check_finite(records: list[dict[str, Any]]) -> None:
-    bad = next((r for r in records if not math.isfinite(r["loss"])), None)
-    if bad:
-        error = RuntimeError(
-            f"the {bad['source']} loss became {bad['loss']} at step {bad['step']}; lower the "
-            "learning rate, clip the gradient (clip=1.0) or choose another initialization. The "
-            "metrics so far are in this error's `metrics`"
-        )
-        error.metrics = _frame(records)
-        raise error
-
-
-def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(records, columns=list(METRICS))
-
-
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    records: list[dict[str, Any]],
-    device: torch.device,
-) -> None:
-    architecture = getattr(model, "architecture", None)
-    content = {
-        "model": model.state_dict(),
-        "architecture": dataclasses.asdict(architecture) if architecture else None,
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "records": records,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
-
-
-def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list[dict[str, Any]]]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["random"])
-        if device.type == "cuda" and content["random_cuda"] is not None:
-            torch.cuda.set_rng_state(content["random_cuda"], device)
-        return content["step"], content["records"]
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(
-            f"cannot go on from {path}: {type(error).__name__}: {str(error)[:200]}. Delete the "
-            "file to start anew, or give another checkpoint path"
-        ) from error
+    table = frame.pivot(index="seed", columns=by, values=value)
+    differences = (table[one] - table[other]).dropna()
+    count, mean = len(differences), float(differences.mean())
+    reach = float(t.ppf(0.975, count - 1) * differences.sem()) if count > 1 else math.nan
+    return {"mean": mean, "low": mean - reach, "high": mean + reach, "seeds": count}

@@ -98,6 +98,7 @@ class Architecture:
     pool4_size      side of the max pool between 4e and 5a
     conv_bias       whether convolutions have a bias
     width           multiplies every channel count except the input's and the classes'
+    extra_modules   this many copies of module 4c follow it, between the heads: a deeper network
     transform_input rescale from ImageNet's normalisation: True to Inception's, as torchvision does;
                     "caffe" to 0..255 less a mean, as BVLC's weights expect
     """
@@ -117,6 +118,7 @@ class Architecture:
     in_channels: int = 3
     num_classes: int = 1000
     width: float = 1.0
+    extra_modules: int = 0
     transform_input: bool | Literal["caffe"] = False
 
     def __post_init__(self) -> None:
@@ -134,6 +136,10 @@ class Architecture:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} = {value!r} asked; give a whole number of at least 1")
+        if not isinstance(self.extra_modules, int) or self.extra_modules < 0:
+            raise ValueError(
+                f"extra_modules = {self.extra_modules!r} asked; give a whole number of at least 0"
+            )
         if not 0 < self.width <= 16:
             raise ValueError(f"width = {self.width!r} asked; give a multiplier in (0, 16]")
         if self.transform_input and self.in_channels != 3:
@@ -161,8 +167,16 @@ class Architecture:
         """A channel count of Table 1 under this width; never fewer than 4."""
         return max(4, round(count * self.width))
 
+    @property
+    def stages(self) -> list[str]:
+        """The Inception modules in order: "3a" ... "5b"; copies of 4c are "4c_2", "4c_3" ..."""
+        after = list(MODULES).index("4c") + 1
+        copies = [f"4c_{number}" for number in range(2, self.extra_modules + 2)]
+        return [*list(MODULES)[:after], *copies, *list(MODULES)[after:]]
+
     def module_widths(self, stage: str) -> Widths:
         """The six widths of an Inception module ("3a" ... "5b") under this width."""
+        stage = stage.partition("_")[0]
         widths = MODULES.get(stage) or EARLY_MODULES[stage]
         return Widths(*(self.channels(count) for count in widths))
 

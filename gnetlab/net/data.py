@@ -155,6 +155,7 @@ def load(
     of the images in pixels (None: 32; of Imagenette 128). Raises ValueError for an unknown name
     and FileNotFoundError for missing data; both say what there is and how to get it.
     """
+    check_name(name)
     if name == "photocrops":
         return PhotoCrops(size=size or 32, device=device)
     if name == "fashion-mnist":
@@ -163,8 +164,16 @@ def load(
         return ImageFolder(name.removeprefix("folder:"), size=size or 32, device=device)
     from gnetlab.net import datasets  # it builds on this file
 
-    if name in datasets.NAMES:
-        return datasets.NAMES[name](size=size, device=device)
+    return datasets.NAMES[name](size=size, device=device)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a data set that `load` does not know."""
+    from gnetlab.net import datasets
+
+    known = ("photocrops", "fashion-mnist", *datasets.NAMES)
+    if name in known or name.startswith("folder:"):
+        return
     raise ValueError(
         f"unknown data set {name!r}. Known: 'photocrops' (always there), 'fashion-mnist' (Debian: "
         "apt install dataset-fashion-mnist; else fetched), 'folder:PATH' (PATH/train/CLASS/*.jpg "

@@ -84,7 +84,7 @@ class Imagenette(data._Indexed):
     (None: `ROOT`, fetched there).
 
     labels   "own": 0 ... 9; "imagenet": the number among ImageNet's 1000 classes, so that
-             `measure.training.evaluate` gives the accuracy of a network with ImageNet weights.
+             `measure.loop.evaluate` gives the accuracy of a network with ImageNet weights.
              `classes` are the ten in either case, `imagenet_classes` their numbers
     """
 

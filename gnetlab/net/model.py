@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gnetlab.net import data
 from gnetlab.net import weights as loading
-from gnetlab.net.architecture import HEAD_AFTER, MODULES, Architecture, Widths, architecture
+from gnetlab.net.architecture import HEAD_AFTER, Architecture, Widths, architecture
 
 BRANCHES = ("branch1x1", "branch3x3", "branch5x5", "branch_pool")
 # transform_input: what the weights were trained on, mean and deviation of R, G, B in [0, 1]
@@ -193,7 +193,7 @@ class GoogLeNet(nn.Module):
             self.input_transform = InputTransform(arch.transform_input)
         channels = self._build_stem(arch)
         inputs_of_head: dict[str, int] = {}
-        for stage in MODULES:
+        for stage in arch.stages:
             if stage in ("4a", "5a"):
                 size = 3 if stage == "4a" else arch.pool4_size
                 name = "pool3" if stage == "4a" else "pool4"
@@ -297,7 +297,8 @@ def googlenet(
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
     width        multiplies the channel counts, which stay at least 4
-    init         None (PyTorch's), "torchvision", "xavier", "kaiming", or ("gain", g)
+    init         None (PyTorch's), "torchvision", "gaussian", "caffe", "xavier", "kaiming", or
+                 ("gain", g): see `initialize`
     seed         makes the initial weights reproducible without touching the global random state
     changes      fields of `Architecture`, for example norm="batch", stem="compact", reduce=False
 
@@ -382,34 +383,44 @@ def build(
     return model
 
 
-def initialize(model: nn.Module, init: str | tuple[str, float] | None) -> None:
-    """Draw the weights of convolutions and linear layers anew; their biases become zero.
+INITS = ("torchvision", "gaussian", "caffe", "xavier", "kaiming")
 
-    None leaves PyTorch's own. "torchvision": normal with std 0.01, truncated at -2 and 2.
-    "xavier", "kaiming": normal with std sqrt(2 / (fan_in + fan_out)), sqrt(2 / fan_in).
-    ("gain", g): normal with std g * sqrt(2 / fan_in), so that ("gain", 1.0) is "kaiming".
+
+def initialize(model: GoogLeNet, init: str | tuple[str, float] | None) -> None:
+    """Draw the weights of convolutions and linear layers anew, and set their biases.
+
+    None leaves PyTorch's own. The others are normal with zero mean, and their biases zero:
+    "torchvision": std 0.01, truncated at -2 and 2, which truncates nothing. "gaussian": std 0.01,
+    as in AlexNet, over the root of the network's `width`, so that a narrow one has the same gain.
+    "xavier", "kaiming": std sqrt(2 / (fan_in + fan_out)), sqrt(2 / fan_in). ("gain", g): std
+    g * sqrt(2 / fan_in), so that ("gain", 1.0) is "kaiming".
+    "caffe" is what BVLC trained GoogLeNet from: Caffe's "xavier", uniform within
+    +-sqrt(3 / fan_in), with biases of 0.2 (0 in the classifiers).
     """
     if init is None:
         return
     kind, gain = init if isinstance(init, tuple) and len(init) == 2 else (init, 1.0)
-    if (kind == "gain") != isinstance(init, tuple) or kind not in (
-        "torchvision", "xavier", "kaiming", "gain",
-    ):  # fmt: skip
+    if (kind == "gain") != isinstance(init, tuple) or kind not in (*INITS, "gain"):
         raise ValueError(
-            f"init={init!r} asked; choose 'torchvision', 'xavier', 'kaiming' or ('gain', g)"
+            f"init={init!r} asked; choose {', '.join(map(repr, INITS))} or ('gain', g)"
         )
-    for module in model.modules():
+    for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
+        fan_in = module.weight[0].numel()
         if kind == "torchvision":
             nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
+        elif kind == "gaussian":
+            nn.init.normal_(module.weight, std=0.01 / model.architecture.width**0.5)
+        elif kind == "caffe":
+            nn.init.uniform_(module.weight, -((3 / fan_in) ** 0.5), (3 / fan_in) ** 0.5)
         elif kind == "xavier":
             nn.init.xavier_normal_(module.weight)
         else:
-            fan_in = module.weight[0].numel()
             nn.init.normal_(module.weight, std=gain * (2 / fan_in) ** 0.5)
         if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            classifier = name in ("fc", "aux1.fc2", "aux2.fc2")
+            nn.init.constant_(module.bias, 0.2 if kind == "caffe" and not classifier else 0.0)
 
 
 def branch_names(model: nn.Module) -> list[str]:

@@ -125,18 +125,43 @@ def _locality(m: Mapping[str, Any]) -> Judgement:
 
 def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     ratios = m["ratios"]
-    helped = [name for name, ratio in ratios.items() if ratio >= 2]
-    facts = "; ".join(f"({name}) {ratio:.3g}x" for name, ratio in ratios.items())
+    helped = {name: ratio for name, ratio in ratios.items() if ratio >= 2}
+    others = [ratio for name, ratio in ratios.items() if name not in helped]
+    facts = "; ".join(f"({name}) {ratio:.3g}x" for name, ratio in helped.items()) or "nowhere 2x"
     facts = f"gradient at conv1 with heads over without, at initialization: {facts}"
+    if others:
+        facts += f"; in {len(others)} other configurations {min(others):.3g}x to {max(others):.3g}x"
     if "escaped_with_heads" in m:
         facts += (
             f". Left the plateau in {m['steps']} steps: {m['escaped_with_heads']} of {m['seeds']} "
             f"seeds with heads, {m['escaped_without_heads']} of {m['seeds']} without"
         )
-    if len(helped) == len(ratios):
+    if not others:
         return SUPPORTED, facts
     if helped:
-        return DEPENDS, f"yes for ({') and ('.join(helped)}) only; {facts}"
+        return DEPENDS, f"in {len(helped)} of {len(ratios)} configurations; {facts}"
+    return NOT_SUPPORTED, facts
+
+
+def _interval(difference: Mapping[str, float]) -> str:
+    """In percentage points."""
+    mean, low, high = (100 * difference[name] for name in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _aux_regularize(m: Mapping[str, Any]) -> Judgement:
+    gap, test = m["gap"], m["test"]
+    facts = (
+        f"with heads less without, percentage points: gap {_interval(gap)}, test accuracy "
+        f"{_interval(test)}, {gap['seeds']} seeds"
+    )
+    narrower, worse, better = gap["high"] < 0, test["high"] < 0, test["low"] > 0
+    if narrower and not worse:
+        return SUPPORTED, facts
+    if narrower:
+        return DEPENDS, f"the gap narrows, but test accuracy falls: {facts}"
+    if better:
+        return DEPENDS, f"test accuracy rises, but the gap does not narrow: {facts}"
     return NOT_SUPPORTED, facts
 
 
@@ -292,6 +317,23 @@ CLAIMS: dict[str, Claim] = {
             "configuration measured; depends if in some of them",
             {"ratios": "configuration -> gradient RMS at conv1, total over main alone"},
             _aux_gradient,
+        ),
+        Claim(
+            "aux-regularize",
+            "Auxiliary heads regularize.",
+            f"{_PAPER}, section 5; Inception v3, arXiv 1512.00567, section 4",
+            "03_auxiliary_heads",
+            "Do they regularize?",
+            "at the end of training the gap between accuracy on training and on test images is "
+            "narrower with heads (95% interval of the paired difference below 0) and test accuracy "
+            "not lower (its interval not below 0); depends if it is lower, or if it rises while "
+            "the gap does not narrow",
+            {
+                "gap": "training less test accuracy, with heads less without: mean, low, high, and "
+                "seeds",
+                "test": "the same of test accuracy",
+            },
+            _aux_regularize,
         ),
         Claim(
             "sparse-slow",
