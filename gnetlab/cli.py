@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import shlex
+import signal
 import sys
 from numbers import Integral
 from pathlib import Path
@@ -53,8 +54,20 @@ def report(
     publish: Annotated[
         bool, typer.Option("--publish", help="Copy figures and manifest to figures/.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "-j", min=0, help="Notebooks at a time [default: one per two cores, at most 4]."
+        ),
+    ] = 0,
+    timeout: Annotated[
+        float | None, typer.Option(min=1, help="Seconds a notebook may take [default: no limit].")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run also those for which nothing has changed.")
+    ] = False,
 ) -> None:
-    """Execute the notebooks through papermill and write a report.
+    """Execute the notebooks through papermill and write a report; what has not changed is kept.
 
     Example: gnetlab report 02 -p image=coffee -p seed=1
 
@@ -62,6 +75,7 @@ def report(
     """
     from gnetlab.report import page, runner
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
     parameters = {}
@@ -79,10 +93,15 @@ def report(
         )
         with _Progress(jobs) as progress:
             command = shlex.join(["gnetlab", *sys.argv[1:]])
-            manifest = runner.run(jobs, output, command=command, progress=progress)
+            manifest = runner.run(
+                jobs, output, command=command, progress=progress, timeout=timeout, force=force,
+                workers=workers or min(4, max(1, runner.available_cores() // 2)),
+            )  # fmt: skip
         for job in jobs:
-            if job.folder and (job.folder / f"{job.name}.ipynb").is_file():
-                page.write_notebook(job.folder / f"{job.name}.ipynb")
+            executed = job.folder / f"{job.name}.ipynb" if job.folder else None
+            shown = job.status == "cached" and executed.with_suffix(".html").is_file()
+            if executed and executed.is_file() and not shown:
+                page.write_notebook(executed)
         index = page.write_index(manifest, output)
         console = Console(highlight=False, soft_wrap=True)
         for job in jobs:
@@ -97,7 +116,7 @@ def report(
         raise _usage_error(str(error)) from error
     if any(job.status == "cancelled" for job in jobs):
         raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(int(any(job.status != "done" for job in jobs)))
+    raise typer.Exit(int(any(job.status not in runner.GOOD for job in jobs)))
 
 
 class _Progress:
@@ -122,16 +141,19 @@ class _Progress:
     def __call__(self, job) -> None:
         if self._is_live:
             self._live.update(self._table())
-        elif job.status != "running":
+        elif job.status == "cached":
+            self._console.print(f"{job.name}: {job.reason} since the last run")
+        elif job.status == "running" and job.cell == 0:
+            self._console.print(f"{job.name}: running, {job.cells} cells ({job.reason})")
+        elif job.status not in ("queued", "running"):
             self._console.print(f"{job.name}: {job.status} in {job.seconds:.0f} s")
-        elif job.cell == 0:
-            self._console.print(f"{job.name}: running, {job.cells} cells")
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
         for title in ("notebook", "state", "cell", "seconds"):
             table.add_column(title)
-        colors = {"done": "green", "failed": "red", "running": "yellow"}
+        colors = {"done": "green", "cached": "green", "failed": "red", "timeout": "red",
+                  "died": "red", "running": "yellow"}  # fmt: skip
         for job in self._jobs:
             state = f"[{colors.get(job.status, 'dim')}]{job.status}[/]"
             table.add_row(job.name, state, f"{job.cell}/{job.cells}", f"{job.seconds:.0f}")

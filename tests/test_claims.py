@@ -24,7 +24,7 @@ def difference(low, high):
     return {"mean": (low + high) / 2, "low": low, "high": high, "seeds": 5}
 
 
-REGULAR = {"gap": difference(-0.03, -0.01), "test": difference(-0.01, 0.02)}
+REGULAR = {"gap": difference(-0.03, -0.01), "test": difference(-0.01, 0.02), "steps": 2000}
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ REGULAR = {"gap": difference(-0.03, -0.01), "test": difference(-0.01, 0.02)}
         ("aux-regularize", REGULAR | {"gap": difference(-0.02, 0.01)}, "not supported"),
         (
             "aux-regularize",
-            {"gap": difference(-0.02, 0.01), "test": difference(0.01, 0.02)},
+            REGULAR | {"gap": difference(-0.02, 0.01), "test": difference(0.01, 0.02)},
             "depends",
         ),
         (
             "aux-regularize",
-            {"gap": difference(0.01, 0.02), "test": difference(-0.02, 0.01)},
+            REGULAR | {"gap": difference(0.01, 0.02), "test": difference(-0.02, 0.01)},
             "not supported",
         ),
         ("aux-gradient", {"ratios": {"a": 12.0, "b": 2.0}}, "supported"),
@@ -127,7 +127,17 @@ def test_what_heads_do_to_the_gradient_is_said_in_few_words(tmp_path):
 
 def test_intervals_are_in_percentage_points(tmp_path):
     reason = claims.check("aux-regularize", REGULAR, directory=tmp_path).reason
-    assert "gap -2.0 [-3.0, -1.0], test accuracy +0.5 [-1.0, +2.0], 5 seeds" in reason
+    assert "gap -2.0 [-3.0, -1.0], test accuracy +0.5 [-1.0, +2.0], 5 seeds, 2000 steps" in reason
+
+
+def test_ratios_that_are_not_finite_are_left_out_and_counted(tmp_path):
+    ratios = {"a": 12.0, "b": 1.0, "c": float("nan"), "d": float("inf")}
+    judged = claims.check("aux-gradient", {"ratios": ratios}, directory=tmp_path)
+    assert judged.verdict == "depends"
+    assert judged.reason.startswith("in 1 of 2 configurations")
+    assert judged.reason.endswith("Not finite in 2 configurations, left out")
+    nothing = claims.check("aux-gradient", {"ratios": {"c": float("nan")}}, directory=tmp_path)
+    assert nothing.verdict == "not supported"
 
 
 def test_every_claim_says_where_from_and_by_what():

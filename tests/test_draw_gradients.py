@@ -97,7 +97,7 @@ def make_summary(settings, variants=HEADS, seeds=3, steps=1500):
         escaped=lambda f: np.arange(len(f)) % (seeds + 1),
         mean_steps=lambda f: steps * (1 - 0.8 * f.escaped / seeds),
         low=lambda f: (f.mean_steps - 200).where(f.escaped > 0, steps),
-        high=lambda f: (f.mean_steps + 150).clip(upper=steps),
+        high=lambda f: (f.mean_steps + 150).clip(upper=steps), steps=steps,
     )  # fmt: skip
 
 
@@ -135,9 +135,9 @@ CASES = {
     "agreement_one": lambda: (make_noise(seeds=(0,)), make_over_training((0,), steps=(0, 300))),
     "training": lambda: (make_metrics(SETTINGS, (*HEADS, "aux1 only")), 16),
     "training_one": lambda: (make_metrics(SETTINGS[:1], seeds=(0,)), 16),
-    "escape": lambda: (make_summary(SETTINGS, (*HEADS, "aux1 only", "aux2 only")), 1500),
-    "escape_wide": lambda: (make_summary(SETTINGS, ("with heads, learning rate 0.05", "b")), 1500),
-    "escape_one": lambda: (make_summary(SETTINGS[:1]), 1500),
+    "escape": lambda: (make_summary(SETTINGS, (*HEADS, "aux1 only", "aux2 only")),),
+    "escape_wide": lambda: (make_summary(SETTINGS, ("with heads, learning rate 0.05", "b")),),
+    "escape_one": lambda: (make_summary(SETTINGS[:1]),),
     "gap": lambda: (make_gaps(),),
     "gap_one": lambda: (make_gaps(HEADS[:1], seeds=(0,)),),
     "depth": lambda: (make_depth(),),
@@ -373,25 +373,28 @@ def test_escapes_are_grouped_with_intervals_and_counts():
     summary = pd.DataFrame({
         "setting": ["a", "a", "b"], "variant": [*HEADS, HEADS[0]], "seeds": 3,
         "escaped": [3, 1, 3], "mean_steps": [200, 900, 100], "low": [100, 700, np.nan],
-        "high": [300, 1000, np.nan],
+        "high": [300, 1000, np.nan], "steps": [1000, 1000, 400],
     })  # fmt: skip
-    figure = gradients.escape_figure(summary, 1000)
+    figure = gradients.escape_figure(summary)
     ax = figure.axes[0]
     labels = ax.get_yticklabels()
     assert [t.get_text() for t in labels] == ["a", *HEADS, "b", HEADS[0]]
     assert [t.get_fontweight() == "bold" for t in labels] == [True, False, False, True, False]
     assert points(ax) == [(200, 1), (900, 2), (100, pytest.approx(4.3))]
     assert ax.get_yticks().tolist() == pytest.approx([0, 1, 2, 3.3, 4.3])
-    intervals = [c.get_segments()[0].tolist() for c in ax.collections
-                 if not isinstance(c, PathCollection)]  # fmt: skip
+    lines = [c.get_segments()[0].tolist() for c in ax.collections
+             if not isinstance(c, PathCollection)]  # fmt: skip
+    intervals = [line for line in lines if line[0][1] == line[1][1]]
     assert intervals == [[[100, 1], [300, 1]], [[700, 2], [1000, 2]]]
+    never = [line for line in lines if line not in intervals]  # each run's own length
+    assert [line[0][0] for line in never] == [1000, 1000, 400]
+    assert [(a[1] + b[1]) / 2 for a, b in never] == pytest.approx([1, 2, 4.3])
     faces = [to_hex(c.get_facecolor()[0]) for c in ax.collections if isinstance(c, PathCollection)]
     assert faces == [style.SERIES[0].lower(), "#ffffff", style.SERIES[0].lower()]
     assert texts(ax) == ["never", "3 of 3", "1 of 3", "3 of 3", "escaped"]
-    assert list(ax.lines[0].get_xdata()) == [1000, 1000]
     assert ax.get_xlim() == pytest.approx((0, 1040))
     assert "open" in ax.get_xlabel()
-    assert "open" not in gradients.escape_figure(summary.iloc[[0]], 1000).axes[0].get_xlabel()
+    assert "open" not in gradients.escape_figure(summary.iloc[[0]]).axes[0].get_xlabel()
     assert figure.get_figwidth() == style.WIDTHS["column"]
     assert figure_of("escape_wide").get_figwidth() == style.WIDTHS["page"]
 
@@ -399,7 +402,7 @@ def test_escapes_are_grouped_with_intervals_and_counts():
 def test_no_two_variants_share_one_of_several_colours():
     for count, colors in ((6, 6), (7, 1)):
         summary = make_summary(SETTINGS[:1], [f"variant {i}" for i in range(count)])
-        markers = [c for c in gradients.plot_escape(summary, 1500).collections
+        markers = [c for c in gradients.plot_escape(summary).collections
                    if isinstance(c, PathCollection)]  # fmt: skip
         assert len({to_hex(c.get_edgecolor()[0]) for c in markers}) == colors
 

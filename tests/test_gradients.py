@@ -658,6 +658,57 @@ def test_frozen_weights_have_no_rows(images):
     assert "conv2_reduce.conv" in set(flow.module)
 
 
+def test_torchvisions_network_is_split_too(torchvision_googlenet, images):
+    model = torchvision_googlenet(4, aux_logits=True)
+    flow = gradient_flow(model, images.repeat(1, 1, 3, 3), TARGETS)
+    sources = flow.groupby("module").source.agg(set)
+    assert sources["conv1.conv"] == {"main", "aux1", "aux2", "total"}
+    assert sources["inception4b.branch1.conv"] == {"main", "aux2", "total"}
+    assert sources["aux1.fc1"] == {"aux1", "total"}
+
+
+class Tagged(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv1, self.fc = nn.Conv2d(3, 5, 3), nn.Linear(5, 4)
+        self.relu = nn.ReLU(inplace=in_place)
+
+    def forward(self, x):
+        return self.fc(self.relu(self.conv1(x)).mean((2, 3)))
+
+
+def test_an_output_that_is_overwritten_in_place_is_an_error(images):
+    assert output_flow(Tagged(False), images, TARGETS).module.tolist() == ["conv1"] * 2
+    with pytest.raises(RuntimeError, match="'conv1' is overwritten in place"):
+        output_flow(Tagged(True), images, TARGETS)
+
+
+def test_a_partly_frozen_network_is_measured_and_a_frozen_one_refused(images):
+    model = Tagged(False)
+    model.conv1.requires_grad_(False)
+    assert output_flow(model, images, TARGETS).empty  # nothing below needs a gradient
+    assert set(gradient_flow(model, images, TARGETS).module) == {"fc"}
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="unfreeze some"):
+        gradient_flow(model, images, TARGETS)
+
+
+def test_what_is_not_logits_is_refused(images):
+    class Pair(WithUnused):
+        def forward(self, x):
+            return (super().forward(x), 0)
+
+    with pytest.raises(ValueError, match="returned tuple; gradients are split for logits"):
+        gradient_flow(Pair(), images, TARGETS)
+
+
+def test_autocast_outside_does_not_matter(images):
+    inside = flow_by_source(small(), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = flow_by_source(small(), images)
+    pd.testing.assert_frame_equal(inside, outside, check_exact=True)
+
+
 class WithUnused(nn.Module):
     def __init__(self):
         super().__init__()

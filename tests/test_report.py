@@ -232,12 +232,10 @@ def test_a_failure_leaves_the_last_good_result(tmp_path):
 
 
 def test_an_interrupt_cancels_the_rest_and_still_writes_the_manifest(tmp_path, monkeypatch):
-    import papermill
-
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(papermill, "execute_notebook", interrupted)
+    monkeypatch.setattr(runner, "_read_events", interrupted)
     paths = [write(tmp_path / f"{name}.ipynb", "") for name in "ab"]
     manifest = runner.run(plan(paths), tmp_path / "out")
     assert [n["status"] for n in manifest["notebooks"]] == ["cancelled", "cancelled"]

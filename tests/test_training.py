@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import os
+import queue
 import sys
+import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
 
@@ -85,11 +87,12 @@ def fails_at(monkeypatch, seed, error):
 
 
 def records_in(folder):
-    return [json.loads(p.read_text().splitlines()[0])["experiment"] for p in folder.iterdir()]
+    return [json.loads(p.read_text().splitlines()[0])["experiment"] for p in folder.glob("*.jsonl")]
 
 
 def seeds_in(folder):
-    assert all(path.suffix == ".jsonl" for path in folder.iterdir())
+    # a run that goes on beside the one that failed may be writing just now
+    assert all(path.suffix == ".jsonl" or path.name.startswith(".") for path in folder.iterdir())
     return sorted(one["seed"] for one in records_in(folder))
 
 
@@ -232,7 +235,7 @@ def test_a_study_is_a_frame_of_all_runs(tmp_path):
     grid = {"heads": ["none", "both"], "seed": range(2)}
     folder = tmp_path / "deeper" / "still"
     frame = study(grid, folder=folder, device="cpu", progress=False, **TINY)
-    assert list(frame.columns) == [*METRICS, "run", "stopped", "heads", "seed"]
+    assert list(frame.columns) == [*METRICS, "run", "stopped", "steps", "heads", "seed"]
     assert frame.index.equals(pd.RangeIndex(len(frame)))
     runs = frame.drop_duplicates("run")
     expected = list(itertools.product(["none", "both"], [0, 1]))
@@ -260,7 +263,7 @@ def test_a_study_of_the_gradients(tmp_path):
     torch.manual_seed(4)
     flow = gradient_flow(model.to(memory_format=torch.channels_last), *batch)
     assert list(found.columns) == [
-        "step", *flow.columns, "run", "stopped", "seed", "gradients_every",
+        "step", *flow.columns, "run", "stopped", "steps", "seed", "gradients_every",
     ]  # fmt: skip
     assert sorted(set(found.step)) == [0, 1]
     first = found[found.step == 0][flow.columns]
@@ -309,7 +312,7 @@ def test_what_a_grid_means(tmp_path, ran, grid, shared, expected):
 def test_columns_of_several_grids(tmp_path, ran):
     grids = [{"norm": "batch", "seed": [0, 1]}, {"heads": "none", "seed": 1}]
     frame = study(grids, folder=tmp_path, device="cpu", progress=False, width=0.1)
-    assert list(frame.columns) == [*METRICS, "run", "stopped", "norm", "seed", "heads"]
+    assert list(frame.columns) == [*METRICS, "run", "stopped", "steps", "norm", "seed", "heads"]
     assert frame.norm.tolist() == ["batch", "batch", "none"]
     assert frame.heads.tolist() == ["both", "both", "none"]
     assert len(ran) == 3
@@ -414,6 +417,83 @@ def test_every_unknown_value_is_refused_before_anything_runs(tmp_path, wrong):
     with pytest.raises(ValueError, match=r"asked|unknown"):
         study(grids, folder=tmp_path, device="cpu", progress=False, **TINY | {"steps": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": 0.0}, "seed=0.0 asked; give int"),
+        ({"steps": 0}, "steps=0 asked; give at least 1"),
+        ({"batch_size": 8.0}, "give int"),
+        ({"learning_rate": -1}, "give more than 0"),
+        ({"learning_rate": math.nan}, "give more than 0"),
+        ({"learning_rate": "0.1"}, "give float"),
+        ({"weight_decay": -1}, "give at least 0"),
+        ({"clip": 0}, "give more than 0"),
+        ({"clip": "1"}, "give float or None"),
+        ({"test_every": 0}, "give at least 1"),
+        ({"cosine": 1}, "give bool"),
+        ({"init": None}, "give str"),
+        ({"heads": [["aux1"]]}, "choose one of none, lower"),
+        ({"data": "folder:/nowhere"}, "not a folder"),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_range_is_refused_before_anything_runs(tmp_path, wrong, message):
+    options = TINY | {"folder": tmp_path, "device": "cpu", "progress": False}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        study([{"seed": [0]}, wrong], **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_runs(tmp_path, ran):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write to .*choose another folder"):
+        study({"seed": 0}, folder=tmp_path / "file" / "runs", device="cpu", progress=False)
+    assert ran == []
+
+
+def test_numbers_that_are_equal_are_one_experiment():
+    for one, other in (({"clip": 1}, {"clip": 1.0}), ({"init": "gain 1"}, {"init": "gain 1.00"})):
+        assert Experiment(**one).key("cpu") == Experiment(**other).key("cpu")
+    assert Experiment(init="gain 1e-05").network(4, 3) is not None
+
+
+def test_images_that_changed_are_another_experiment(tmp_path):
+    (tmp_path / "train").mkdir()
+    experiment = Experiment(data=f"folder:{tmp_path}")
+    before = experiment.key("cpu")
+    assert experiment.key("cpu") == before
+    (tmp_path / "train" / "a.png").write_text("x")
+    assert experiment.key("cpu") != before
+
+
+def test_runs_that_end_after_an_interrupt_are_kept(tmp_path, monkeypatch):
+    release = threading.Event()
+
+    def run(experiment, device="cpu"):  # noqa: ARG001
+        if experiment.seed:
+            release.wait(20)
+        return record(experiment)
+
+    class Interrupted(queue.Queue):
+        def get(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "run", run)
+    monkeypatch.setattr(training.queue, "Queue", Interrupted)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with pytest.raises(KeyboardInterrupt):
+            study({"seed": [0, 1, 2]}, folder=tmp_path, device="cpu", executor=threads,
+                  progress=False)  # fmt: skip
+        release.set()
+    assert set(seeds_in(tmp_path)) in ({0, 1}, {0})  # what had begun, and not what had not
+    assert 2 not in seeds_in(tmp_path)
+
+
+def test_generalization_keeps_the_order_of_the_runs():
+    runs = pd.concat([run_of([1.0], run=name, heads=name) for name in ("c", "a", "b")])
+    assert generalization(runs).run.tolist() == ["c", "a", "b"]
 
 
 def test_a_grid_of_numpy_integers(tmp_path, ran):
@@ -571,7 +651,9 @@ def test_what_has_not_started_is_cancelled_after_an_error(tmp_path, monkeypatch)
 
 def test_a_process_that_died_is_an_error_that_says_where_the_rest_is(tmp_path, monkeypatch):
     fails_at(monkeypatch, 2, BrokenProcessPool("a child process terminated abruptly"))
-    with pytest.raises(RuntimeError, match=r"abruptly.*out of memory.*fewer processes") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"abruptly.*Out of memory.*fewer processes.*__main__.*new executor"
+    ) as caught:
         study({"seed": range(3)}, folder=tmp_path, device="cpu", executor=AtOnce(), progress=False)
     assert str(tmp_path) in str(caught.value)
     assert isinstance(caught.value.__cause__, BrokenProcessPool)
@@ -657,7 +739,7 @@ def run_of(losses, **columns):
     frame.loc[frame.split == "train_eval", ["loss", "accuracy"]] *= 3
     main = (frame.split == "train") & (frame.source == "main")
     frame.loc[main, "loss"] = losses
-    return frame.assign(**columns)
+    return frame.assign(**columns, steps=len(losses))
 
 
 @pytest.mark.parametrize(
@@ -710,7 +792,9 @@ def test_a_run_that_stopped_early_has_no_test(tmp_path):
     found = study({"seed": 0}, folder=tmp_path, device="cpu", progress=False, **options)
     frame = escape_steps(found, 16)
     assert frame.stopped.iloc[0].startswith("the ")
-    assert frame.steps.iloc[0] < 25
+    assert found.step.max() < frame.steps.iloc[0] == 25
+    (row,) = escape_summary(frame, "seed").itertuples()
+    assert (row.escaped, row.mean_steps, row.steps) == (0, 25, 25)  # not faster than others
     assert frame.test_loss.isna().all()
 
 
@@ -734,7 +818,7 @@ def test_escape_summary_by_hand():
     stuck = escapes([None, None], length=70, norm="batch", heads="none")
     frame = escape_summary(pd.concat([one, other, stuck]), ["norm", "heads"])
     assert list(frame.columns) == [
-        "norm", "heads", "seeds", "escaped", "mean_steps", "low", "high", "test_accuracy",
+        "norm", "heads", "seeds", "escaped", "mean_steps", "low", "high", "steps", "test_accuracy",
     ]  # fmt: skip
     assert frame.norm.tolist() == ["none", "batch", "batch"]
     assert frame.heads.tolist() == ["both", "both", "none"]
@@ -770,7 +854,7 @@ def test_generalization_by_hand():
     other = run_of([1.0] * 7, run="a", stopped="", seed=0)
     frame = generalization(pd.concat([one, other]))
     assert set(frame.columns) == {
-        "run", "stopped", "seed", "train_accuracy", "test_accuracy", "gap",
+        "run", "stopped", "seed", "steps", "train_accuracy", "test_accuracy", "gap",
     }  # fmt: skip
     assert frame.columns.name is None
     frame = frame.sort_values("seed", ignore_index=True)
@@ -782,7 +866,7 @@ def test_generalization_by_hand():
 
 def test_the_columns_of_generalization_are_in_the_order_that_is_documented():
     frame = generalization(run_of([1.0], run="a", seed=0))
-    assert list(frame.columns) == ["run", "seed", "train_accuracy", "test_accuracy", "gap"]
+    assert list(frame.columns) == ["run", "seed", "steps", "train_accuracy", "test_accuracy", "gap"]
 
 
 def test_generalization_keeps_runs_whose_field_is_none():

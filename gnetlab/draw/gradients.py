@@ -166,6 +166,9 @@ def plot_relative(
     ax.set_yscale("log" if log else "linear")
     low, high = ax.get_ylim()  # where nothing changes, rounding errors would fill the panel
     ax.set_ylim(min(low, 0.1 if log else 0), max(high, 2 if log else 1.2))
+    if not log:  # where nothing is conserved, a sum near zero makes a ratio of any size
+        low, high = ax.get_ylim()
+        ax.set_ylim(max(low, -1.5), min(high, 2.5))
     return ax
 
 
@@ -229,21 +232,21 @@ def plot_training(
     return ax
 
 
-def plot_escape(summary: pd.DataFrame, steps: int, *, ax: Axes | None = None) -> Axes:
+def plot_escape(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Mean steps to leave the plateau and the interval, a row per variant under its setting.
 
-    Columns: `setting`, `variant`, `seeds`, `escaped` (counts), `mean_steps`, `low`, `high`. Runs
-    that never left count as `steps`: where there are any, the marker is open.
+    Columns: `setting`, `variant`, `seeds`, `escaped` (counts), `mean_steps`, `low`, `high` and
+    `steps`, which runs that never left count as (dashed): where there are any, the marker is open.
     """
     ax = _axes(ax)
-    numbers = ["seeds", "escaped", "mean_steps", "low", "high"]
+    numbers = ["seeds", "escaped", "mean_steps", "low", "high", "steps"]
     summary = summary.assign(**{name: _floats(summary[name]) for name in numbers})
     colors, places, names, headings = _colors(summary.variant), [], [], []
     if len(colors) > len(style.SERIES):  # two variants of one colour would look related
         colors = dict.fromkeys(colors, style.SERIES[0])
     beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
-    ax.axvline(steps, color=style.QUIET, linewidth=0.6, linestyle=_DASHED, zorder=0)
-    ax.annotate("never", (steps, 1), (0, 2), xycoords=ax.get_xaxis_transform(), ha="right",
+    longest = summary.steps.max()
+    ax.annotate("never", (longest, 1), (0, 2), xycoords=ax.get_xaxis_transform(), ha="right",
                 textcoords="offset points", fontsize=6.5, color=style.QUIET)  # fmt: skip
     for setting, rows in summary.groupby("setting", sort=False):
         places.append(places[-1] + 1.3 if places else 0)
@@ -253,6 +256,8 @@ def plot_escape(summary: pd.DataFrame, steps: int, *, ax: Axes | None = None) ->
             places.append(y := places[-1] + 1)
             names.append(f"{row.variant}")
             color = colors[row.variant]
+            ax.vlines(row.steps, y - 0.5, y + 0.5, color=style.QUIET, linewidth=0.6, zorder=0,
+                      linestyle=_DASHED)  # fmt: skip
             if row.low < row.high:
                 ax.hlines(y, row.low, row.high, color=color, linewidth=1.4)
             ax.scatter(row.mean_steps, y, s=20, edgecolor=color, zorder=3,
@@ -263,7 +268,7 @@ def plot_escape(summary: pd.DataFrame, steps: int, *, ax: Axes | None = None) ->
     for i in headings:
         ax.get_yticklabels()[i].set_fontweight("bold")
     ax.tick_params(axis="y", length=0)
-    ax.set(xlim=(0, 1.04 * steps), ylim=(places[-1] + 0.6, -0.6))
+    ax.set(xlim=(0, 1.04 * longest), ylim=(places[-1] + 0.6, -0.6))
     return ax
 
 
@@ -447,21 +452,23 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
                          textcoords="offset points", va="center", fontsize=6.5,
                          color=style.QUIET, annotation_clip=False)  # fmt: skip
     axes[0, 0].set_ylabel("cross-entropy of main (nats)")
+    low, high = axes[0, 0].get_ylim()  # one run that goes astray must not flatten the others
+    axes[0, 0].set_ylim(low, min(high, 2 * np.log(classes)))
     axes[1, 0].set(ylabel="fraction correct, main", ylim=(0, None))
     _legend(figure, axes.flat)
     return figure
 
 
 @_styled
-def escape_figure(summary: pd.DataFrame, steps: int) -> Figure:
+def escape_figure(summary: pd.DataFrame) -> Figure:
     """Steps to leave the plateau: mean and 95% interval; open where some runs never left it.
 
-    Columns: those of `plot_escape`; `steps` is the length of the runs.
+    Columns: those of `plot_escape`.
     """
     names = summary.variant.astype(str).str.len().max()
     rows = len(summary) + 1.3 * summary.setting.nunique()
     figure = _figure("page" if names > 22 else "column", 0.8 + 0.17 * rows)
-    ax = plot_escape(summary, steps, ax=figure.subplots())
+    ax = plot_escape(summary, ax=figure.subplots())
     some_never = bool((_floats(summary.escaped) < _floats(summary.seeds)).any())
     ax.set_xlabel("mean steps to leave the plateau"
                   + "\n(open: some runs never did)" * some_never)  # fmt: skip

@@ -38,14 +38,22 @@ SOURCES = (*PARTS, "total")
 
 
 def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -> dict[str, Tensor]:
-    """Loss by source (scalars, heads weighted already) of a training-mode output."""
+    """Loss by source (scalars, heads weighted already) of a training-mode output.
+
+    That is logits, or a named tuple of ours or of torchvision's GoogLeNet; else ValueError.
+    """
     if isinstance(output, Tensor):
         return {"main": F.cross_entropy(output, targets)}
+    if not hasattr(output, "logits"):
+        raise ValueError(
+            f"the model returned {type(output).__name__}; gradients are split for logits (one "
+            "tensor), or for a named tuple with logits and aux1, aux2 (or aux_logits1, aux_logits2)"
+        )
     losses = {"main": F.cross_entropy(output.logits, targets)}
-    for name in ("aux1", "aux2"):
-        logits = getattr(output, name)
+    for number in (1, 2):
+        logits = getattr(output, f"aux{number}", getattr(output, f"aux_logits{number}", None))
         if logits is not None:
-            losses[name] = head_weight * F.cross_entropy(logits, targets)
+            losses[f"aux{number}"] = head_weight * F.cross_entropy(logits, targets)
     return losses
 
 
@@ -107,12 +115,19 @@ def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removesuffix(".weight"): parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and parameter.requires_grad
+        if name.endswith(".weight") and parameter.dim() > 1 and parameter.requires_grad
     }
 
 
 def _split(losses: Mapping[str, Tensor], tensors: dict[str, Tensor], keep: bool) -> _Split:
     """Gradients of the losses; `keep` the graph for a backward pass that follows."""
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    losses = {source: loss for source, loss in losses.items() if loss.requires_grad}
+    if not tensors or not losses:
+        raise ValueError(
+            "no weight of this model takes part in its losses with requires_grad; unfreeze some "
+            "(parameter.requires_grad_())"
+        )
     gradients: dict[str, dict[str, Tensor]] = {name: {} for name in tensors}
     for i, (source, loss) in enumerate(losses.items()):
         last = i + 1 == len(losses)
@@ -130,15 +145,25 @@ def _look(
     model: nn.Module, images: Tensor, targets: Tensor, head_weight: float, outputs: bool
 ) -> tuple[_Split, _Split]:
     """Gradients of the weights, and of the outputs of the modules if asked; one forward pass."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, int]] = {}
     weights, names = _weights(model), _output_names(model) if outputs else []
     with (
         _as_before(model, images.device),
         torch.enable_grad(),
-        observe(model, names, lambda name, _module, _inputs, output: seen.update({name: output})),
+        torch.autocast(images.device.type, enabled=False),
+        observe(
+            model, names, lambda n, _m, _i, output: seen.update({n: (output, output._version)})
+        ),
     ):
         losses = weighted_losses(model(images), targets, head_weight)
-        both = _split(losses, weights | {f"output {name}": seen[name] for name in names}, False)
+        for name, (output, version) in seen.items():
+            if output._version != version:
+                raise RuntimeError(
+                    f"the output of {name!r} is overwritten in place by what follows it (an "
+                    "in-place ReLU?), so that its gradient is lost; use a network without that"
+                )
+        outputs = {f"output {name}": output for name, (output, _) in seen.items()}
+        both = _split(losses, weights | outputs, keep=False)
     parts = []
     for is_output in (False, True):
         chosen = {n: g for n, g in both.gradients.items() if n.startswith("output ") == is_output}
@@ -181,7 +206,7 @@ def gradient_flow(
     all others together), `weight_dot_gradient` (<W, g_s>, see `weight_cuts`). A row is missing
     where a source does not reach the layer.
 
-    The model runs once and is as before afterwards, as in `split_gradients`.
+    The model runs once, without autocast, and is as before afterwards, as in `split_gradients`.
     """
     layers, _ = _look(model, images, targets, head_weight, outputs=False)
     return pd.DataFrame(_layer_rows(model, layers.products()), columns=list(COLUMNS))
@@ -224,8 +249,11 @@ def output_flow(
     `weight_cuts`). Arguments as for `gradient_flow`.
 
     Columns: `module` (convolutions of the stem and Inception modules), `stage` (conv1, conv2_reduce
-    ... 5b), `source`, `flow` (root mean square over the images of the norm of dL/dx, where x is the
-    output for one image and L the loss of this image; nats per unit of activation).
+    ... 5b), `source`, `flow` (root mean square over the images of the norm of N dL/dx, where x is
+    the output for one image and L the mean loss over all N: without batch norm that is the gradient
+    of the image's own loss; nats per unit of activation).
+
+    Raises RuntimeError for an output that is overwritten in place.
     """
     _, outputs = _look(model, images, targets, head_weight, outputs=True)
     rows = _output_rows(outputs.products(), len(images))
@@ -258,8 +286,8 @@ def gradient_noise(
     and `cosine_std` (mean and standard deviation over batches; both losses see the same batch, so
     that a cosine at noise level may be shared noise), `batches` (count).
 
-    Unbiased estimates after McCandlish et al. 2018, arXiv 1812.06162, appendix A. Memory: the
-    gradients of two batches.
+    Unbiased estimates after McCandlish et al. 2018, arXiv 1812.06162, appendix A. Memory does not
+    grow with the number of batches.
     """
     sums: dict[str, dict[str, Tensor]] = {}
     energies: dict[tuple[str, str], list[float]] = {}
@@ -314,7 +342,8 @@ class GradientRecorder:
     >>> torch.stack(list(losses.values())).sum().backward()  # doctest: +SKIP
     >>> recorder.after_backward()  # before the gradient is clipped  # doctest: +SKIP
 
-    `every` 0 never splits. Training goes on bit for bit as without it. What is kept stays on the
+    `every` 0 never splits. Training goes on bit for bit as without it (but `train` takes a step
+    that is split in float32, whatever its precision). What is kept stays on the
     device, some numbers per layer and step, until it is read.
     """
 

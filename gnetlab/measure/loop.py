@@ -333,7 +333,7 @@ def _check_finite(records: list[dict[str, Any]]) -> None:
             "learning rate, clip the gradient (clip=1.0) or choose another initialization. The "
             "metrics so far are in this error's `metrics`"
         )
-        error.metrics = _frame(records)
+        error.metrics = _frame([r for r in records if r["step"] <= bad["step"]])
         raise error
 
 

@@ -12,7 +12,6 @@ The loop itself is `gnetlab.measure.loop`.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +21,8 @@ import multiprocessing
 import os
 import queue
 import re
+import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,15 +91,16 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # 1 and 1.0 are the same experiment
-            value = getattr(self, field.name)
-            if field.type == "float" and isinstance(value, int):
-                object.__setattr__(self, field.name, float(value))
-        for field, known in (("norm", NORMS), ("heads", HEADS)):
-            value = getattr(self, field)
-            if value not in known:
-                raise ValueError(f"{field}={value!r} asked; choose one of {', '.join(known)}")
-        _initialization(self.init)
+        for field in dataclasses.fields(self):
+            value = _checked(field.name, field.type, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        for name, known in (("norm", NORMS), ("heads", HEADS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name}={value!r} asked; choose one of {', '.join(known)}")
+        init = _initialization(self.init)
+        if isinstance(init, tuple):  # "gain 1" and "gain 1.0" are the same experiment
+            object.__setattr__(self, "init", f"gain {init[1]:g}")
         check_name(self.data)
         check_options(self.optimizer, self.heads_until)
         architecture(stem=self.stem, width=self.width, extra_modules=self.extra_modules)
@@ -114,7 +116,43 @@ class Experiment:
     def key(self, device: str) -> str:
         """Names the record: a digest of the experiment, the kind of device, and the code."""
         content = [dataclasses.asdict(self), device, _code(), torch.__version__]
+        if self.data.startswith("folder:"):
+            content.append(_listing(Path(self.data.removeprefix("folder:")).expanduser()))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+_LEAST = {
+    "seed": 0, "size": 1, "steps": 1, "batch_size": 1, "test_every": 1, "train_batches": 0,
+    "gradients_every": 0, "extra_modules": 0, "weight_decay": 0, "head_weight": 0,
+}  # fmt: skip
+
+
+def _checked(name: str, kind: str, value: Any) -> Any:
+    """The value of a field, as its type; ValueError if it is of another or out of range."""
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    kind, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)  # 1 and 1.0 are the same experiment
+    if type(value) is not kinds[kind] and name not in ("norm", "heads"):  # which list theirs
+        raise ValueError(f"{name}={value!r} asked; give {kind}{optional and ' or None'}")
+    if kind in ("str", "bool"):
+        return value
+    least, above = _LEAST.get(name, 0), name in ("learning_rate", "clip", "width")
+    if not (least < value if above else least <= value) or value == math.inf:
+        raise ValueError(
+            f"{name}={value!r} asked; give {'more than' if above else 'at least'} {least}"
+        )
+    return value
+
+
+def _listing(folder: Path) -> str:
+    """What a folder of images holds, by names, sizes and times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(path, path.stat()) for path in files]
+    lines = [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+    return hashlib.sha256("\n".join([str(folder.resolve()), *lines]).encode()).hexdigest()
 
 
 def _initialization(name: str) -> str | tuple[str, float] | None:
@@ -123,7 +161,7 @@ def _initialization(name: str) -> str | tuple[str, float] | None:
     >>> _initialization("gain 0.6"), _initialization("default")
     (('gain', 0.6), None)
     """
-    gain = re.fullmatch(r"gain (\d+\.?\d*)", name)
+    gain = re.fullmatch(r"gain (\d+\.?\d*(?:e[+-]?\d+)?)", name)
     if not gain and name not in ("default", *INITS):
         raise ValueError(
             f"init={name!r} asked; choose one of default, {', '.join(INITS)}, or as 'gain 0.6'"
@@ -165,25 +203,32 @@ def study(
     shared    fields that all experiments have in common
 
     Columns: those of `gnetlab.measure.loop.train`, or `step` (updates made before) and those of
-    `gradient_flow`; and `run` (the record's name), `stopped` (why a run ended early, else ""), and
-    every field that `grid` names.
+    `gradient_flow`; and `run` (the record's name), `stopped` (why a run ended early, else ""),
+    `steps` (as planned), and every field that `grid` names.
 
     A run whose loss becomes infinite or NaN is a result: its metrics until then are kept. Any other
-    error ends the study; finished runs are kept. Raises ValueError for unknown fields and values
-    before anything runs.
+    error ends the study; finished runs are kept. So they are at Ctrl-C, when an executor's
+    processes still end what they have begun. Raises ValueError for unknown fields, values, or data
+    and for a folder that cannot be written, before anything runs.
     """
     if frame not in FRAMES:
         raise ValueError(f"frame={frame!r} asked; choose {' or '.join(FRAMES)}")
     experiments, named = _experiments(grid, shared)
     folder, device = Path(folder), resolve_device(str(device))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error}; choose another folder") from error
     paths = {folder / f"{e.key(device.type)}.jsonl": e for e in experiments}
     missing = {path: e for path, e in paths.items() if not path.exists()}
+    for name, size in {(e.data, e.size) for e in missing.values() if e.data != "photocrops"}:
+        _data(name, size, str(device))  # data that are not there are noticed here
     _run_all(missing, str(device), executor, progress, folder)
     frames = []
     for path, experiment in paths.items():
         facts, found = _read_record(path, frame)
-        fields = {name: getattr(experiment, name) for name in named}
+        fields = {name: getattr(experiment, name) for name in ("steps", *named)}
         frames.append(found.assign(run=path.stem, stopped=facts["stopped"] or "", **fields))
     frames = [found for found in frames if len(found)] or frames[:1]
     return pd.concat(frames, ignore_index=True)
@@ -224,29 +269,37 @@ def _run_all(
         bar.close()
         return
     finished: queue.Queue = queue.Queue()
-    futures: dict[Any, Path] = {}
+
+    def keep(path: Path, future: Any) -> None:
+        # Called where the run ends, also after this study was interrupted.
+        try:
+            _write(path, future.result())
+        except BaseException as error:  # raised again where the study waits
+            finished.put(error)
+        else:
+            finished.put(None)
+
+    futures = []
     try:
         for path, experiment in missing.items():
-            future = executor.submit(run, experiment, device)
-            futures[future] = path
-            future.add_done_callback(finished.put)
+            futures.append(executor.submit(run, experiment, device))
+            futures[-1].add_done_callback(functools.partial(keep, path))
         for _ in futures:
-            future = finished.get()
-            _write(futures[future], future.result())
+            error = finished.get()
+            if error:
+                raise error
             bar.update()
     except concurrent.futures.BrokenExecutor as error:
         raise RuntimeError(
-            f"a process that ran experiments ended ({error}); out of memory? Runs that were done "
-            f"are kept in {folder}: call again to go on, with fewer processes"
+            f"a process that ran experiments ended ({error}). Out of memory? Then use fewer "
+            "processes. In a script? There `local_executor()` belongs under "
+            f"`if __name__ == '__main__':`. Runs that were done are kept in {folder}: call again, "
+            "with a new executor, to go on"
         ) from error
     finally:
         bar.close()
         for future in futures:
             future.cancel()
-        while not finished.empty():  # after an error: what else was done meanwhile
-            future = finished.get()
-            with contextlib.suppress(Exception, concurrent.futures.CancelledError):
-                _write(futures[future], future.result())
 
 
 _ONE_AT_A_TIME = threading.Lock()  # runs seed the random state, which threads share
@@ -323,9 +376,11 @@ def local_executor(
     """Processes for `study`: on the CPU one per core, with a thread each; on a GPU four share it.
 
     A small network uses neither two cores nor a whole GPU well: several at once are done sooner.
+    In a script, call it under `if __name__ == "__main__":`, as the processes import the script.
     """
     on_cpu = resolve_device(str(device)).type == "cpu"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = int(os.environ.get("GNETLAB_CORES", cores))  # this notebook's share of them
     workers = workers or (cores if on_cpu else 4)
     return concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _begin, (max(1, cores // workers),)
@@ -334,6 +389,7 @@ def local_executor(
 
 def _begin(threads: int) -> None:
     """What a worker does first; it ends with its parent, even a killed one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: the pool stays whole
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -348,7 +404,7 @@ def escape_steps(
 ) -> pd.DataFrame:
     """When each run left the plateau at chance. `metrics` as from `study`.
 
-    Columns: `run` and what else `metrics` says of the runs; `steps` (its length), `escape_step`
+    Columns: `run` and what else `metrics` says of the runs, `steps` among it; `escape_step`
     (first step at which the training loss of `source`, averaged over `smooth` steps, is below 95%
     of chance, ln classes; NA if it never is), `test_loss` (nats) and `test_accuracy` (fraction) at
     the end, NA for a run that stopped early.
@@ -363,7 +419,7 @@ def escape_steps(
         test = one[at_end & (one.split == "test")]
         rows.append(
             {
-                **one.iloc[0][about].to_dict(), "steps": int(one.step.max()),
+                **one.iloc[0][about].to_dict(),
                 "escape_step": below[0] if len(below) else pd.NA,
                 "test_loss": test.loss.item() if len(test) else np.nan,
                 "test_accuracy": test.accuracy.item() if len(test) else np.nan,
@@ -377,12 +433,13 @@ def escape_summary(
 ) -> pd.DataFrame:
     """Steps to leave the plateau, over seeds.
 
-    A run that never left counts with its length, so that a mean which reaches the length means
-    "none left", and every other one is a lower bound where some did not.
+    A run that never left, or whose loss became infinite before, counts with the length that was
+    planned, so that a mean which reaches it means "none left", and every other one is a lower bound
+    where some did not.
 
     Columns: `by`, `seeds` (runs), `escaped` (of them), `mean_steps`, `low`, `high` (95% interval of
-    the mean by the percentile bootstrap over runs; with three runs a rough one), `test_accuracy`
-    (mean).
+    the mean by the percentile bootstrap over runs; with three runs a rough one), `steps` (planned,
+    at most), `test_accuracy` (mean).
     """
     by, random = [by] if isinstance(by, str) else list(by), np.random.default_rng(seed)
     rows = []
@@ -394,7 +451,8 @@ def escape_summary(
             {
                 **dict(zip(by, key, strict=True)), "seeds": len(runs),
                 "escaped": int(runs.escape_step.notna().sum()), "mean_steps": values.mean(),
-                "low": low, "high": high, "test_accuracy": runs.test_accuracy.mean(),
+                "low": low, "high": high, "steps": int(runs.steps.max()),
+                "test_accuracy": runs.test_accuracy.mean(),
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -412,10 +470,15 @@ def generalization(metrics: pd.DataFrame) -> pd.DataFrame:
     about = [name for name in metrics if name not in METRICS]
     scores = metrics[metrics.split.isin(["train_eval", "test"]) & (metrics.source == "main")]
     if "train_eval" not in set(scores.split):
-        raise ValueError("no accuracy on training images; run the study with train_batches=8")
+        raise ValueError(
+            "no run has an accuracy on training images: run the study with train_batches=8, and "
+            "see in the column `stopped` whether they ended early"
+        )
     last = scores[scores.step == metrics.groupby("run").step.max()[scores.run].to_numpy()]
     table = last.pivot(index=about, columns="split", values="accuracy")[["train_eval", "test"]]
     table = table.set_axis(["train_accuracy", "test_accuracy"], axis=1).reset_index()
+    order = {name: i for i, name in enumerate(dict.fromkeys(metrics.run))}
+    table = table.sort_values("run", key=lambda names: names.map(order), ignore_index=True)
     return table.assign(gap=table.train_accuracy - table.test_accuracy)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def _locality(m: Mapping[str, Any]) -> Judgement:
 
 
 def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
-    ratios = m["ratios"]
+    ratios = {name: ratio for name, ratio in m["ratios"].items() if math.isfinite(ratio)}
     helped = {name: ratio for name, ratio in ratios.items() if ratio >= 2}
     others = [ratio for name, ratio in ratios.items() if name not in helped]
     facts = "; ".join(f"({name}) {ratio:.3g}x" for name, ratio in helped.items()) or "nowhere 2x"
@@ -136,7 +137,9 @@ def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
             f". Left the plateau in {m['steps']} steps: {m['escaped_with_heads']} of {m['seeds']} "
             f"seeds with heads, {m['escaped_without_heads']} of {m['seeds']} without"
         )
-    if not others:
+    if len(ratios) < len(m["ratios"]):
+        facts += f". Not finite in {len(m['ratios']) - len(ratios)} configurations, left out"
+    if helped and not others:
         return SUPPORTED, facts
     if helped:
         return DEPENDS, f"in {len(helped)} of {len(ratios)} configurations; {facts}"
@@ -153,7 +156,7 @@ def _aux_regularize(m: Mapping[str, Any]) -> Judgement:
     gap, test = m["gap"], m["test"]
     facts = (
         f"with heads less without, percentage points: gap {_interval(gap)}, test accuracy "
-        f"{_interval(test)}, {gap['seeds']} seeds"
+        f"{_interval(test)}, {gap['seeds']} seeds, {m['steps']} steps"
     )
     narrower, worse, better = gap["high"] < 0, test["high"] < 0, test["low"] > 0
     if narrower and not worse:
@@ -332,6 +335,7 @@ CLAIMS: dict[str, Claim] = {
                 "gap": "training less test accuracy, with heads less without: mean, low, high, and "
                 "seeds",
                 "test": "the same of test accuracy",
+                "steps": "length of the trainings",
             },
             _aux_regularize,
         ),

@@ -2,7 +2,8 @@
 
 `find_notebooks()`  the notebooks by name, or all of them
 `plan()`            jobs with checked parameters, or one `ReportError` with every problem
-`run()`             executes jobs one by one, each in a kernel of its own; returns the manifest
+`run()`             executes what has changed, each notebook in a process of its own; returns the
+                    manifest
 `publish()`         copies the figures and the manifest of a complete report
 
 A notebook is "done" only if every code cell ran and none raised: papermill's own word is not
@@ -13,11 +14,13 @@ only when it is complete; a failed one goes to failed/, and the last good one st
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import difflib
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing.connection
 import os
 import platform
 import re
@@ -33,7 +36,7 @@ import nbformat
 import yaml
 
 import gnetlab
-from gnetlab.report import claims
+from gnetlab.report import cache, claims, worker
 
 PACKAGES = (
     "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
@@ -47,11 +50,18 @@ class ReportError(Exception):
     """What was asked cannot be run; nothing was."""
 
 
+GOOD = ("done", "cached")
+
+
 @dataclass
 class Job:
-    """A notebook to execute. `status`: queued, running, done, failed or cancelled.
+    """A notebook to execute.
 
-    `parameters` are set for this run, `defaults` are what the notebook has for the others.
+    status      queued, running; done, cached (nothing it depends on has changed); failed (a cell
+                raised, or never ran), timeout, died (its kernel), cancelled
+    reason      why it was run, or was not
+    parameters  set for this run; `defaults`: what the notebook has for the others
+    alone       it measures times, and nothing may run beside it: `metadata.gnetlab.alone`
     """
 
     name: str
@@ -66,6 +76,9 @@ class Job:
     folder: Path | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    peak_bytes: int | None = None
+    alone: bool = False
 
 
 def notebooks_folder() -> Path:
@@ -137,16 +150,16 @@ def plan(
                     values[name] = _typed(name, text, defaults[name])
                 except ReportError as error:
                     problems.append(f"{path.name}: {error}")
-        title, cells = about[path.stem]
+        title, cells, alone = about[path.stem]
         rest = {k: v for k, v in defaults.items() if k not in values and k != "output_dir"}
-        jobs.append(Job(path.stem, path, title, values, cells, defaults=rest))
+        jobs.append(Job(path.stem, path, title, values, cells, defaults=rest, alone=alone))
     if problems:
         raise ReportError("\n".join(dict.fromkeys(problems)))
     return jobs
 
 
-def _inspect(path: Path) -> tuple[dict[str, Any], str, int]:
-    """Parameters with their defaults, the title (its first heading), and the number of cells."""
+def _inspect(path: Path) -> tuple[dict[str, Any], str, int, bool]:
+    """Parameters with their defaults, title (its first heading), number of cells, `Job.alone`."""
     import papermill
 
     try:
@@ -165,7 +178,8 @@ def _inspect(path: Path) -> tuple[dict[str, Any], str, int]:
             if c.cell_type == "markdown"
         )
         title = next((found[1] for found in headings if found), path.stem)
-        return defaults, title, len(notebook.cells)
+        alone = bool(notebook.metadata.get("gnetlab", {}).get("alone"))
+        return defaults, title, len(notebook.cells), alone
     except ReportError:
         raise
     except Exception as error:  # nbformat and papermill raise many kinds
@@ -201,76 +215,183 @@ def _typed(name: str, text: str, default: Any) -> Any:
 
 
 def run(
-    jobs: list[Job], output: Path, *, command: str = "", progress: Progress = lambda _job: None
+    jobs: list[Job],
+    output: Path,
+    *,
+    command: str = "",
+    progress: Progress = lambda _job: None,
+    workers: int = 1,
+    timeout: float | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Execute the jobs in order, into `output`; a failed one does not stop the next.
+    """Execute the jobs into `output`, so many at a time; a failed one does not stop the others.
+
+    workers   notebooks at a time; their kernels share the cores out
+    timeout   seconds that a notebook may take, whatever its cells do (None: no limit)
+    force     run those whose results are here and still hold, too
 
     Returns the manifest, which is also written to `output`/manifest.json. `progress` is called
-    whenever a job changes. After a KeyboardInterrupt the running and the remaining jobs are
-    "cancelled" and the manifest is still returned.
+    whenever a job changes. After a KeyboardInterrupt all processes of the notebooks are gone, the
+    running and the remaining jobs are "cancelled", and the manifest is still returned.
+
+    Raises ReportError if `output` cannot be written, or another run is writing there.
     """
+    from filelock import FileLock, Timeout
+
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ReportError(
+            f"another report is being written to {output}; wait for it, or choose another --output"
+        ) from error
     except OSError as error:
         raise ReportError(f"cannot write to {output}: {error}; choose another --output") from error
     started = datetime.datetime.now(datetime.UTC)
     try:
+        for part in output.glob(".part-*"):  # of a run that was killed
+            shutil.rmtree(part, ignore_errors=True)
         for job in jobs:
-            _execute(job, output, progress)
-    except KeyboardInterrupt:
-        for job in jobs:
-            if job.status in ("queued", "running"):
-                job.status, job.error = "cancelled", "interrupted"
-    manifest = _manifest(jobs, output, command, started)
-    _write(output / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            cache.restore(job, output, force)
+            if job.status == "cached":
+                progress(job)
+        _run_all(
+            [job for job in jobs if job.status == "queued"], output, progress, workers, timeout
+        )
+        kept = _kept_manifest(jobs, output)
+        if kept:
+            return kept
+        manifest = _manifest(jobs, output, command, started)
+        _write(output / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    finally:
+        lock.release()
     return manifest
 
 
-def _execute(job: Job, output: Path, progress: Progress) -> None:
-    import papermill
+def _kept_manifest(jobs: list[Job], output: Path) -> dict[str, Any] | None:
+    """The last manifest, where nothing was run and it is of the same notebooks: it stays true."""
+    if any(job.status != "cached" for job in jobs):
+        return None
+    try:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        entries = [(n["name"], n["status"] in GOOD, n["parameters"]) for n in manifest["notebooks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    asked = [(job.name, True, {**job.parameters, **job.defaults}) for job in jobs]
+    return manifest if entries == asked else None
 
+
+@dataclass
+class _Slot:
+    """A running job."""
+
+    job: Job
+    part: Path
+    worker: worker.Worker
+    start: float
+    result: dict[str, Any] | None = None
+
+
+def _run_all(
+    jobs: list[Job], output: Path, progress: Progress, workers: int, timeout: float | None
+) -> None:
+    waiting, running = list(jobs), []
+    try:
+        while waiting or running:
+            while waiting and _fits(waiting[0], running, workers):
+                running.append(_begin(waiting.pop(0), output, workers))
+                progress(running[-1].job)
+            watched = [w for s in running for w in (s.worker.events, s.worker.process.sentinel)]
+            multiprocessing.connection.wait(watched, timeout=0.5)
+            for slot in list(running):
+                ended = not slot.worker.process.is_alive()  # asked before the last events are read
+                _read_events(slot, progress)
+                slot.job.seconds = time.monotonic() - slot.start
+                late = timeout is not None and slot.job.seconds > timeout
+                if slot.result or ended or late:
+                    running.remove(slot)
+                    _finish(slot, output, late, timeout)
+                    progress(slot.job)
+    except KeyboardInterrupt:
+        for slot in running:
+            worker.end(slot.worker)
+            shutil.rmtree(slot.part, ignore_errors=True)
+        for job in jobs:
+            if job.status in ("queued", "running"):
+                job.status, job.error = "cancelled", "interrupted"
+
+
+def _fits(job: Job, running: list[_Slot], workers: int) -> bool:
+    if job.alone or any(slot.job.alone for slot in running):
+        return not running
+    return len(running) < workers
+
+
+def _begin(job: Job, output: Path, workers: int) -> _Slot:
     part = output / f".part-{job.name}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
+    environment = {
+        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not a user's own
+        "GNETLAB_BATCH": "1",  # nobody is there to move a slider
+        "PYTHONHASHSEED": "0",
+    }
+    if workers > 1 and not job.alone:
+        cores = str(max(1, available_cores() // workers))
+        environment |= {"GNETLAB_CORES": cores, "OMP_NUM_THREADS": cores}
+    job.status = "running"
+    started = worker.start(
+        job.source, part / f"{job.name}.ipynb", {**job.parameters, "output_dir": "."}, environment
+    )
+    return _Slot(job, part, started, time.monotonic())
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def _read_events(slot: _Slot, progress: Progress) -> None:
+    with contextlib.suppress(EOFError, OSError):  # the worker is gone
+        while slot.worker.events.poll():
+            event = slot.worker.events.recv()
+            if "error" in event:
+                slot.result = event
+            else:
+                slot.job.cell = event["cell"]
+                progress(slot.job)
+
+
+def _finish(slot: _Slot, output: Path, late: bool, timeout: float | None) -> None:
+    """Decide what became of a job, and put its folder where it belongs."""
+    job, part, result = slot.job, slot.part, slot.result
+    worker.end(slot.worker)
     executed = part / f"{job.name}.ipynb"
-
-    def on_cell(**event: Any) -> None:
-        job.cell, job.seconds = event["cell_index"] + 1, time.monotonic() - start
-        progress(job)
-
-    job.status, start = "running", time.monotonic()
-    progress(job)
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, not a user's own
-    os.environ["GNETLAB_BATCH"] = "1"  # nobody is there to move a slider
-    try:
-        papermill.execute_notebook(
-            job.source,
-            executed,
-            parameters={**job.parameters, "output_dir": "."},
-            cwd=part,
-            kernel_name="python3",
-            progress_bar=False,
-            on_cell_start=on_cell,
-            extra_arguments=["--log-level=ERROR"],  # of the kernel: it warns about its sockets
-        )
-        job.error = _unfinished(executed)
-    except KeyboardInterrupt:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    except Exception as error:  # whatever it is, the other notebooks still run
-        job.error = _cause(error)
-    job.seconds = time.monotonic() - start
-    job.status = "failed" if job.error else "done"
+    if result is None and late:
+        job.status, job.error = "timeout", f"took longer than {timeout:g} s, in cell {job.cell}"
+    elif result is None:
+        code = slot.worker.process.exitcode
+        job.status, job.error = "died", f"its process ended with {code}, in cell {job.cell}"
+    else:
+        job.peak_bytes = result["peak_bytes"]
+        job.error = result["error"] or _unfinished(executed)
+        died = job.error.startswith("DeadKernelError")
+        job.status = "died" if died else "failed" if job.error else "done"
+    if job.status == "died":
+        job.error += " (out of memory?)"
     if executed.is_file():
         _normalize(executed)
     facts = part / "facts.json"
     job.facts = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
-    target = output / job.name if job.status == "done" else output / "failed" / job.name
-    _replace(part, target)
+    if job.status == "done":
+        (part / worker.LOG).unlink(missing_ok=True)
+    job.folder = output / job.name if job.status == "done" else output / "failed" / job.name
+    _replace(part, job.folder)
     if job.status == "done":
         shutil.rmtree(output / "failed" / job.name, ignore_errors=True)
-    job.folder = target
-    progress(job)
+        cache.keep(job)
 
 
 def _unfinished(executed: Path) -> str:
@@ -283,12 +404,6 @@ def _unfinished(executed: Path) -> str:
         if cell.source.strip() and cell.execution_count is None:
             return f"code cell {number} never ran (the kernel ended before it)"
     return ""
-
-
-def _cause(error: Exception) -> str:
-    if type(error).__name__ == "PapermillExecutionError":
-        return f"{error.ename}: {error.evalue}"
-    return f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def _normalize(executed: Path) -> None:
@@ -344,16 +459,18 @@ def _manifest(
             "name": job.name,
             "title": job.title,
             "status": job.status,
+            "reason": job.reason,
             "error": job.error,
             "seconds": round(job.seconds, 1),
+            "peak_bytes": job.peak_bytes,
             "parameters": {**job.parameters, **job.defaults},
             "facts": job.facts,
             "folder": str(job.folder.relative_to(output)) if job.folder else None,
-            "figures": figures_of(job.folder) if job.status == "done" and job.folder else [],
+            "figures": figures_of(job.folder) if job.status in GOOD and job.folder else [],
         }
         for job in jobs
     ]
-    folders = {job.name: job.folder if job.status == "done" else None for job in jobs}
+    folders = {job.name: job.folder if job.status in GOOD else None for job in jobs}
     return {
         "schema": 1,
         "command": command,
@@ -386,7 +503,7 @@ def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Pat
 
     Raises ReportError unless all notebooks there are were run and are done.
     """
-    run_here = {entry["name"] for entry in manifest["notebooks"] if entry["status"] == "done"}
+    run_here = {entry["name"] for entry in manifest["notebooks"] if entry["status"] in GOOD}
     lacking = sorted({path.stem for path in notebooks_folder().glob("*.ipynb")} - run_here)
     if lacking:
         raise ReportError(f"--publish needs every notebook done; lacking: {', '.join(lacking)}")
