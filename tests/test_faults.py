@@ -12,6 +12,7 @@ import psutil
 import pytest
 from test_report import FIGURE, plan, write
 
+from gnetlab.measure.training import local_executor
 from gnetlab.report import cache, runner, worker
 
 # Marks that can be looked for from outside: a kernel and its child that sleep for an odd time.
@@ -42,20 +43,21 @@ def run(paths, output, parameters=None, **options):
 class TestIncremental:
     @pytest.fixture
     def done(self, tmp_path):
-        path = write(tmp_path / "n.ipynb", FIGURE)
+        claim = "import os, pathlib; os.mkdir('claims'); pathlib.Path('claims/x.json').touch()"
+        path = write(tmp_path / "n.ipynb", FIGURE, claim)
         assert run([path], tmp_path / "out")["n"]["status"] == "done"
         return path, tmp_path / "out"
 
     def test_what_has_not_changed_is_not_run_again(self, done, monkeypatch):
         path, out = done
         monkeypatch.setattr(worker, "start", None)  # nothing may start
-        before = {p.name: p.read_bytes() for p in (out / "n").iterdir()}
+        before = {p: p.read_bytes() for p in (out / "n").glob("*.*")}
         (job,) = jobs = plan([path])
         (entry,) = runner.run(jobs, out)["notebooks"]
         assert (job.status, job.reason) == ("cached", "nothing changed")
         assert [figure["name"] for figure in entry["figures"]] == ["line"]
         assert job.seconds > 0
-        assert {p.name: p.read_bytes() for p in (out / "n").iterdir()} == before
+        assert {p: p.read_bytes() for p in (out / "n").glob("*.*")} == before
 
     def test_a_report_in_which_nothing_changed_stays_as_it_is(self, done):
         path, out = done
@@ -82,6 +84,8 @@ class TestIncremental:
             (lambda n: write(n.parents[1] / "n.ipynb", FIGURE + "\n1"), "cells changed"),
             (lambda n: (n / "line.png").write_text("x"), "result changed or lost: line.png"),
             (lambda n: (n / "line.csv").unlink(), "result changed or lost: line.csv"),
+            (lambda n: (n / "claims" / "x.json").unlink(),
+             f"result changed or lost: {Path('claims') / 'x.json'}"),
             (lambda n: (n / cache.RECORD).write_text("{"),
              "run.json of the last result cannot be read"),
             (lambda n: (n / cache.RECORD).unlink(), "no result yet"),
@@ -242,6 +246,11 @@ class TestParallel:
         entries = run(paths, tmp_path / "out", workers=2, timeout=60)
         assert [entry["status"] for entry in entries.values()] == ["done", "done"]
         assert '"3 3\\n"' in (tmp_path / "out" / "1" / "1.ipynb").read_text()
+
+    def test_a_study_takes_its_notebooks_share_of_the_cores(self, monkeypatch):
+        monkeypatch.setenv("GNETLAB_CORES", "3")
+        with local_executor("cpu") as pool:  # starts nothing until something is submitted
+            assert pool._max_workers == 3
 
     def test_a_notebook_that_measures_times_runs_alone(self):
         plain, alone = (runner.Job("a", Path(), "", {}, 1, alone=flag) for flag in (False, True))

@@ -33,8 +33,6 @@ from gnetlab.measure.hooks import in_mode, observe
 from gnetlab.net.model import googlenet
 
 HEAD_WEIGHT = 0.3
-PARTS = ("main", "aux1", "aux2")
-SOURCES = (*PARTS, "total")
 
 
 def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -> dict[str, Tensor]:
@@ -343,8 +341,8 @@ class GradientRecorder:
     >>> recorder.after_backward()  # before the gradient is clipped  # doctest: +SKIP
 
     `every` 0 never splits. Training goes on bit for bit as without it (but `train` takes a step
-    that is split in float32, whatever its precision). What is kept stays on the
-    device, some numbers per layer and step, until it is read.
+    that is split in float32, whatever its precision). What is kept stays on the device, some
+    numbers per layer and step, until it is read.
     """
 
     def __init__(self, model: nn.Module, *, every: int = 20) -> None:

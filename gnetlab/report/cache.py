@@ -143,7 +143,7 @@ def _listing(folder: Path) -> list[str]:
 def _hashes(folder: Path) -> dict[str, str]:
     """Of what a notebook left in its folder; the page beside it can be made again."""
     return {
-        path.name: _digest(path.read_bytes())
-        for path in sorted(folder.iterdir())
+        str(path.relative_to(folder)): _digest(path.read_bytes())
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != RECORD and path.suffix != ".html"
     }
