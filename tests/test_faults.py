@@ -69,6 +69,9 @@ class TestIncremental:
         manifest = runner.run(plan([path, other]), out, command="another")
         assert [n["status"] for n in manifest["notebooks"]] == ["cached", "done"]
         assert json.loads((out / "manifest.json").read_text()) == manifest
+        alone = runner.run(plan([path]), out, command="a third")  # of other notebooks: made anew
+        assert [n["name"] for n in alone["notebooks"]] == ["n"]
+        assert alone["command"] == "a third"
 
     def test_a_page_beside_the_result_does_not_matter(self, done, monkeypatch):
         path, out = done
