@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gc
 import shlex
@@ -34,8 +35,13 @@ def main() -> None:
 
 
 def _usage_error(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
-    return typer.Exit(USAGE_ERROR)
+    return _error(message, USAGE_ERROR)
+
+
+def _error(message: str, status: int) -> typer.Exit:
+    console = Console(stderr=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    return typer.Exit(status)
 
 
 @app.command()
@@ -47,6 +53,10 @@ def report(
     parameter: Annotated[
         list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter.")
     ] = None,
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="Run every combination of -p NAME=VALUE,VALUE,... given."),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report [default: reports/PROFILE].")
@@ -57,7 +67,7 @@ def report(
     workers: Annotated[
         int,
         typer.Option(
-            "-j", min=0, help="Notebooks at a time [default: one per two cores, at most 4]."
+            "-j", min=0, help="Notebooks at a time [default: what cores, memory and GPUs bear]."
         ),
     ] = 0,
     timeout: Annotated[
@@ -66,6 +76,9 @@ def report(
     force: Annotated[
         bool, typer.Option("--force", help="Run also those for which nothing has changed.")
     ] = False,
+    scheduler: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Run on the Dask cluster there, not here.")
+    ] = "",
 ) -> None:
     """Execute the notebooks through papermill and write a report; what has not changed is kept.
 
@@ -73,50 +86,80 @@ def report(
 
     Exit status: 0 all done, 1 something failed, 2 wrong usage (nothing was run), 130 interrupted.
     """
-    from gnetlab.report import page, runner
+    from gnetlab.report import worker  # noqa: F401, I001  (first: it makes the others quicker)
+    from gnetlab.report import machine, page, plan, runner
+    from gnetlab.report.manifest import publish as publish_figures
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    for name in ("SIGTERM", "SIGHUP"):  # these end as Ctrl-C does
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
-    parameters = {}
-    for text in parameter or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise _usage_error(f"-p {text} asked; write -p NAME=VALUE")
-        parameters[name] = value
     output = (output or Path("reports") / profile).resolve()
     try:
-        jobs = runner.plan(
-            runner.find_notebooks(notebooks or []),
-            parameters,
+        jobs = plan.plan(
+            plan.find_notebooks(notebooks or []),
+            _parameters(parameter or [], grid),
             {"profile": profile, "device": device},
         )
-        with _Progress(jobs) as progress:
-            command = shlex.join(["gnetlab", *sys.argv[1:]])
+        with _place(scheduler, jobs, workers) as place, _Progress(jobs) as progress:
             manifest = runner.run(
-                jobs, output, command=command, progress=progress, timeout=timeout, force=force,
-                workers=workers or min(4, max(1, runner.available_cores() // 2)),
+                jobs, output, command=shlex.join(["gnetlab", *sys.argv[1:]]), progress=progress,
+                timeout=timeout, force=force, place=place,
+                workers=workers or machine.bearable_workers(device),
             )  # fmt: skip
         for job in jobs:
-            executed = job.folder / f"{job.name}.ipynb" if job.folder else None
-            shown = job.status == "cached" and executed.with_suffix(".html").is_file()
-            if executed and executed.is_file() and not shown:
+            executed = job.folder / f"{job.notebook}.ipynb" if job.folder else None
+            if executed and not (
+                job.status == "cached" and executed.with_suffix(".html").is_file()
+            ):
                 page.write_notebook(executed)
         index = page.write_index(manifest, output)
         console = Console(highlight=False, soft_wrap=True)
-        for job in jobs:
-            if job.error:
-                console.print(f"[red]{job.name} {job.status}[/]: {escape(job.error)}")
-        console.print(f"Report: {index}")
+        _print_errors(jobs)
+        console.print(f"Report: {escape(str(index))}")
         if publish:
-            target = runner.notebooks_folder().parent / "figures"
-            copied = runner.publish(manifest, output, target)
-            console.print(f"Published {len(copied)} files to {target}")
-    except runner.ReportError as error:
+            target = plan.notebooks_folder().parent / "figures"
+            copied = publish_figures(manifest, output, target)
+            console.print(f"Published {len(copied)} files to {escape(str(target))}")
+    except (runner.ReportFailed, OSError) as error:
+        _print_errors(jobs)
+        raise _error(str(error), 1) from error
+    except plan.ReportError as error:
         raise _usage_error(str(error)) from error
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(INTERRUPTED) from interrupt
     if any(job.status == "cancelled" for job in jobs):
         raise typer.Exit(INTERRUPTED)
-    raise typer.Exit(int(any(job.status not in runner.GOOD for job in jobs)))
+    raise typer.Exit(int(any(job.status not in plan.GOOD for job in jobs)))
+
+
+def _print_errors(jobs: list) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for job in jobs:
+        if job.error:
+            console.print(f"[red]{escape(job.name)} {job.status}[/]: {escape(job.error)}")
+
+
+def _parameters(given: list[str], grid: bool) -> dict[str, str | list[str]]:
+    from gnetlab.report.plan import split_values
+
+    parameters: dict[str, str | list[str]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise _usage_error(f"-p {text} asked; write -p NAME=VALUE")
+        parameters[name] = split_values(value) if grid else value
+    return parameters
+
+
+def _place(scheduler: str, jobs: list, workers: int) -> contextlib.AbstractContextManager:
+    """The cluster at an address, or nothing for this machine."""
+    if not scheduler:
+        return contextlib.nullcontext()
+    from gnetlab.report.cluster import Cluster
+
+    return Cluster(scheduler, jobs, workers or None)
 
 
 class _Progress:
@@ -126,8 +169,8 @@ class _Progress:
         from rich.live import Live
 
         self._jobs, self._console = jobs, Console()
-        self._live = Live(self._table(), console=self._console, refresh_per_second=4)
         self._is_live = self._console.is_terminal
+        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> _Progress:
         if self._is_live:
@@ -140,26 +183,36 @@ class _Progress:
 
     def __call__(self, job) -> None:
         if self._is_live:
-            self._live.update(self._table())
-        elif job.status == "cached":
-            self._console.print(f"{job.name}: {job.reason} since the last run")
+            return  # it is drawn anew four times a second
+        if job.status == "cached":
+            self._say(job, f"{job.reason} since the last run")
         elif job.status == "running" and job.cell == 0:
-            self._console.print(f"{job.name}: running, {job.cells} cells ({job.reason})")
+            expected = f", about {job.expected:.0f} s the last time" if job.expected else ""
+            self._say(job, f"running, {job.cells} cells{expected} ({job.reason})")
         elif job.status not in ("queued", "running"):
-            self._console.print(f"{job.name}: {job.status} in {job.seconds:.0f} s")
+            self._say(job, f"{job.status} in {job.seconds:.0f} s")
+
+    def _say(self, job, text: str) -> None:
+        self._console.print(f"{escape(job.name)}: {escape(text)}", highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for title in ("notebook", "state", "cell", "seconds"):
-            table.add_column(title)
-        colors = {"done": "green", "cached": "green", "failed": "red", "timeout": "red",
-                  "died": "red", "running": "yellow"}  # fmt: skip
+        for title in ("notebook", "state", "cell", "seconds", "last time", "why"):
+            table.add_column(title, overflow="ellipsis", no_wrap=True)
         for job in self._jobs:
-            state = f"[{colors.get(job.status, 'dim')}]{job.status}[/]"
-            table.add_row(job.name, state, f"{job.cell}/{job.cells}", f"{job.seconds:.0f}")
+            color = _STATE_COLORS.get(job.status, "dim")
+            expected = f"{job.expected:.0f}" if job.expected else ""
+            table.add_row(
+                escape(job.name), f"[{color}]{job.status}[/]", f"{job.cell}/{job.cells}",
+                f"{job.seconds:.0f}", expected, escape(job.reason),
+            )  # fmt: skip
         return table
 
 
+_STATE_COLORS = {
+    "done": "green", "cached": "green", "running": "yellow",
+    "failed": "red", "timeout": "red", "died": "red", "invalid": "red",
+}  # fmt: skip
 _KEYS = {
     "total": [], "stage": ["stage"], "branch": ["stage", "branch"], "kind": ["kind"],
     "layer": ["module", "stage", "branch", "kind", "output_shape"],
@@ -366,7 +419,7 @@ def info() -> None:
 
     from gnetlab.measure.latency import device_name, resolve_device
     from gnetlab.net import data, weights
-    from gnetlab.report.runner import PACKAGES
+    from gnetlab.report.machine import PACKAGES
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name in ("gnetlab", *PACKAGES):

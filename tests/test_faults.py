@@ -2,18 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import psutil
 import pytest
-from test_report import FIGURE, plan, write
+import torch
+from test_report import FIGURE, PARAMETERS, plan, write
 
 from gnetlab.measure.training import local_executor
-from gnetlab.report import cache, runner, worker
+from gnetlab.report import cache, kernel, machine, page, runner, worker
+from gnetlab.report import manifest as manifests
+from gnetlab.report import plan as planning
 
 # Marks that can be looked for from outside: a kernel and its child that sleep for an odd time.
 CHILD = "import subprocess; child = subprocess.Popen(['sleep', '{}'], start_new_session=True)"
@@ -110,16 +116,16 @@ class TestIncremental:
     @pytest.mark.parametrize(
         ("part", "reason"),
         [
-            ("_source", "source of gnetlab changed"),
-            ("_devices", "devices changed"),
-            ("_versions", "packages changed: python {} → 9"),
+            ((cache, "_source"), "source of gnetlab changed"),
+            ((cache, "_devices"), "devices changed"),
+            ((machine, "versions"), "packages changed: python {} → 9"),
         ],
     )
     def test_a_change_of_what_runs_it_is_noticed(self, done, part, reason, monkeypatch):
         path, out = done
-        old = cache._versions()
-        changed = {**old, "python": "9"} if part == "_versions" else "other"
-        monkeypatch.setattr(cache, part, lambda: changed)
+        old = machine.versions()
+        changed = {**old, "python": "9"} if part[1] == "versions" else "other"
+        monkeypatch.setattr(*part, lambda: changed)
         (job,) = plan([path])
         cache.restore(job, out, force=False)
         assert job.reason == reason.format(old["python"])
@@ -201,10 +207,117 @@ class TestFaults:
         (tmp_path / "out").mkdir()
         with (
             FileLock(tmp_path / "out" / ".lock"),
-            pytest.raises(runner.ReportError, match="another report is being written"),
+            pytest.raises(planning.ReportError, match="another report is being written"),
         ):
             run([path], tmp_path / "out")
         assert run([path], tmp_path / "out")["n"]["status"] == "done"
+
+    def test_a_cell_that_never_lets_go_of_python_is_ended_too(self, tmp_path):
+        holds = "import ctypes; ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
+        path = write(tmp_path / "n.ipynb", "print('before')", holds)
+        entry = run([path], tmp_path / "out", timeout=6)["n"]
+        assert entry["status"] == "timeout"
+        kept = (tmp_path / "out" / "failed" / "n" / "n.ipynb").read_text()
+        assert "before" in kept
+        assert entry["seconds"] < 15
+
+    def test_too_little_memory_is_a_failure_with_its_name(self, tmp_path):
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))"
+        path = write(tmp_path / "n.ipynb", limit, "block = bytearray(2**34)")
+        entry = run([path], tmp_path / "out")["n"]
+        assert (entry["status"], entry["error"]) == ("failed", "MemoryError: ")
+
+    def test_what_was_only_forked_is_ended_as_well(self, tmp_path):
+        # no exec, so no mark in its environment; and in the second case no session of the kernel's
+        forks = (
+            "import ctypes, os, time\n"
+            "for own_session in (False, True):\n"
+            "    if os.fork() == 0:\n"
+            "        if own_session: os.setsid()\n"
+            "        ctypes.CDLL(None).prctl(15, b'forked-7304', 0, 0, 0)\n"
+            "        time.sleep(600)\n"
+            "        os._exit(0)\n"
+        )
+        path = write(tmp_path / "n.ipynb", forks)
+        assert run([path], tmp_path / "out")["n"]["status"] == "done"
+        found = [p for p in psutil.process_iter() if p.name() == "forked-7304"]
+        assert all(p.status() == psutil.STATUS_ZOMBIE for p in found)  # whose parent was us
+
+    def test_a_second_call_goes_on_where_the_first_failed(self, tmp_path):
+        good = write(tmp_path / "good.ipynb", "1")
+        bad = write(tmp_path / "bad.ipynb", "1 / 0")
+        out = tmp_path / "out"
+        assert run([good, bad], out)["bad"]["status"] == "failed"
+        write(bad, "1")
+        entries = run([good, bad], out)
+        assert [e["status"] for e in entries.values()] == ["cached", "done"]
+        assert not (out / "failed" / "bad").exists()
+
+    def test_a_notebook_in_the_report_is_not_replaced_by_its_own_result(self, tmp_path):
+        run([write(tmp_path / "n.ipynb", "1")], tmp_path / "out")
+        executed = tmp_path / "out" / "n" / "n.ipynb"
+        before = executed.read_bytes()
+        with pytest.raises(planning.ReportError, match="its own result would replace it"):
+            run([executed], tmp_path / "out")
+        assert executed.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("n/data.txt", "is not a result of an earlier report"), ("index.html", "not a report's")],
+    )
+    def test_what_is_not_a_report_s_is_not_replaced(self, name, message, tmp_path):
+        path = write(tmp_path / "n.ipynb", "1")
+        mine = tmp_path / name
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        with pytest.raises(planning.ReportError, match=message):
+            run([path], tmp_path)
+        assert mine.read_text() == "mine"
+
+    def test_published_figures_replace_nothing_else(self, tmp_path, monkeypatch):
+        (tmp_path / "notebooks").mkdir()
+        path = write(tmp_path / "notebooks" / "n.ipynb", "1")
+        monkeypatch.chdir(tmp_path)
+        manifest = runner.run(plan([path]), tmp_path / "out")
+        (tmp_path / "figures").mkdir()
+        (tmp_path / "figures" / "mine.png").touch()
+        with pytest.raises(planning.ReportError, match="holds no published figures"):
+            manifests.publish(manifest, tmp_path / "out", tmp_path / "figures")
+        assert (tmp_path / "figures" / "mine.png").exists()
+
+    def test_a_full_disk_is_said_and_costs_nothing_that_was_good(self, tmp_path):
+        """On a file system of 1 MB of its own; the notebook writes 2."""
+        write(tmp_path / "n.ipynb", "print('good')")
+        write(tmp_path / "fills.ipynb", "open('big', 'wb').write(bytes(2_000_000))")
+        (tmp_path / "out").mkdir()
+        report = f"{sys.executable} -m gnetlab.cli report --output out"
+        script = (
+            "mount -t tmpfs -o size=1m none out || exit 77\n"
+            f"{report} n.ipynb; echo first $?\n"
+            "sha256sum out/n/n.ipynb > before\n"
+            f"{report} n.ipynb fills.ipynb; echo second $?\n"
+            "dd if=/dev/zero of=out/fill bs=4k 2> /dev/null\n"
+            f"{report} n.ipynb --force; echo third $?\n"
+            "sha256sum -c before; rm out/fill\n"
+            f"{report} n.ipynb; echo fourth $?\n"
+        )
+        command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        if ran.returncode == 77 or "unshare:" in ran.stderr:
+            pytest.skip(f"no file system of its own can be mounted here: {ran.stderr[:200]}")
+        _first, second, third, fourth = re.split(r"(?:first|second|third) \d\n", ran.stdout)
+        full = "[Errno 28] No space left on device"
+        assert f"fills failed: OSError: {full}" in second
+        assert "Report:" in second  # there was room for it again
+        assert "n: nothing changed" in second
+        assert f"n failed: OSError: {full}" in third
+        assert f"the report could not be written to {tmp_path / 'out'}: {full}" in ran.stderr
+        assert re.findall(r"(\w+) (\d)\n", ran.stdout) == [
+            ("first", "0"), ("second", "1"), ("third", "1"), ("fourth", "0"),
+        ]  # fmt: skip
+        assert "out/n/n.ipynb: OK" in fourth
+        assert "n: nothing changed since the last run" in fourth
+        assert "Traceback" not in ran.stderr
 
     def test_what_a_killed_run_left_is_cleared_away(self, tmp_path):
         (tmp_path / "out" / ".part-old").mkdir(parents=True)
@@ -241,7 +354,7 @@ class TestParallel:
             "while len(list(folder.glob('*.here'))) < 2: time.sleep(0.05)\n"
             "print(os.environ['OMP_NUM_THREADS'], os.environ['GNETLAB_CORES'])"
         )
-        monkeypatch.setattr(runner, "available_cores", lambda: 6)
+        monkeypatch.setattr(machine, "available_cores", lambda: 6)
         parameters = 'profile = "fast"\ndevice = "auto"\nseed = {}\noutput_dir = "output"'
         paths = [
             write(tmp_path / f"{i}.ipynb", meet, parameters=parameters.format(i)) for i in (1, 2)
@@ -255,20 +368,54 @@ class TestParallel:
         with local_executor("cpu") as pool:  # starts nothing until something is submitted
             assert pool._max_workers == 3
 
-    def test_a_notebook_that_measures_times_runs_alone(self):
-        plain, alone = (runner.Job("a", Path(), "", {}, 1, alone=flag) for flag in (False, True))
+    def test_a_notebook_that_measures_times_runs_alone(self, tmp_path):
+        plain, alone = (
+            planning.Job("a", Path(), "", {"device": "cpu"}, 1, alone=flag)
+            for flag in (False, True)
+        )
 
-        def slot(job):
-            return runner._Slot(job, Path(), None, 0.0)
+        def fits(job, beside, workers):
+            running = runner._Run(tmp_path, lambda _: None, runner.Here(workers), None)
+            running.running = [runner._Slot(job, Path(), None) for job in beside]
+            return running.fits(job)
 
-        assert runner._fits(plain, [slot(plain)], 2)
-        assert not runner._fits(plain, [slot(plain)], 1)
-        assert not runner._fits(alone, [slot(plain)], 2)
-        assert not runner._fits(plain, [slot(alone)], 2)
-        assert runner._fits(alone, [], 1)
+        assert fits(plain, [plain], 2)
+        assert not fits(plain, [plain], 1)
+        assert not fits(alone, [plain], 2)
+        assert not fits(plain, [alone], 2)
+        assert fits(alone, [], 1)
+
+    def test_a_gpu_has_one_notebook_at_a_time(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(machine, "gpus", lambda: [{"id": "GPU-a"}, {"id": "GPU-b"}])
+        on_gpu = [planning.Job(n, Path(), "", {"device": "auto"}, 1) for n in "abc"]
+        on_cpu = planning.Job("d", Path(), "", {"device": "cpu"}, 1)
+        given = []
+
+        def start(_self, job, _part, environment, _timeout):
+            given.append((job.name, environment.get("CUDA_VISIBLE_DEVICES")))
+
+        monkeypatch.setattr(runner.Here, "start", start)
+        running = runner._Run(tmp_path, lambda _: None, runner.Here(4), None)
+        for job in on_gpu[:2]:
+            assert running.fits(job)
+            running.begin(job)
+        assert given == [("a", "GPU-a"), ("b", "GPU-b")]
+        assert not running.fits(on_gpu[2])
+        assert running.fits(on_cpu)
+        running.begin(on_cpu)
+        assert given[-1] == ("d", None)
+        monkeypatch.setattr(machine, "available_cores", lambda: 64)
+        assert machine.bearable_workers("auto") == 2
+        assert machine.bearable_workers("cpu") == 4
+
+    def test_little_memory_bears_one_notebook(self, monkeypatch):
+        monkeypatch.setattr(machine, "available_cores", lambda: 64)
+        little = SimpleNamespace(available=5 * 10**9)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+        assert machine.bearable_workers("cpu") == 1
 
     def test_the_notebooks_that_measure_times_say_so(self):
-        jobs = plan(runner.find_notebooks([]))
+        jobs = plan(planning.find_notebooks([]))
         assert {job.name for job in jobs if job.alone} == {"01_compute_cost", "04_sparse_vs_dense"}
 
 
@@ -276,4 +423,121 @@ def test_peak_memory_and_cores_are_known(tmp_path):
     path = write(tmp_path / "n.ipynb", "block = bytearray(300_000_000)")
     entry = run([path], tmp_path / "out")["n"]
     assert entry["peak_bytes"] > 300_000_000
-    assert runner.available_cores() <= os.cpu_count()
+    assert machine.available_cores() <= os.cpu_count()
+
+
+class TestKernels:
+    CELLS = (
+        "import os, sys, torch, matplotlib, pandas",
+        "print(os.getsid(0) == os.getpid(), hash('a'), matplotlib.get_backend(), __name__)",
+        "import matplotlib.pyplot as plt; plt.plot([1, 2]);",
+        "pandas.DataFrame({'a': [1.5]}).style.hide()",
+        "print(torch.get_num_threads() == len(os.sched_getaffinity(0)))",
+        "print(os.environ['GNETLAB_BATCH'], os.path.basename(os.getcwd()))",
+        "import concurrent.futures as c, multiprocessing as m\n"
+        "with c.ProcessPoolExecutor(1, m.get_context('spawn')) as pool:\n"
+        "    print(pool.submit(len, 'abc').result())",
+        "input_failed = False\ntry: input()\nexcept Exception as e: print(type(e).__name__)",
+    )
+
+    def outputs(self, tmp_path, name):
+        path = tmp_path / "n.ipynb"
+        assert run([path], tmp_path / name)["n"]["status"] == "done"
+        return (tmp_path / name / "n" / "n.ipynb").read_text()
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+    def test_a_forked_kernel_is_as_good_as_a_cold_one(self, tmp_path, monkeypatch):
+        write(tmp_path / "n.ipynb", *self.CELLS)
+        forked = self.outputs(tmp_path, "forked")
+        monkeypatch.setenv(kernel.COLD, "1")
+        cold = self.outputs(tmp_path, "cold")
+        assert forked == cold
+        assert '"True ' in forked
+        assert "matplotlib_inline" in forked
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+    def test_kernels_are_forked_here(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", "print(open('/proc/self/cmdline').read())")
+        run([path], tmp_path / "out")
+        assert "forkserver" in (tmp_path / "out" / "n" / "n.ipynb").read_text()
+
+    def test_cuda_before_the_fork_means_a_cold_kernel(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        assert not kernel.can_fork()
+
+    def test_a_kernel_of_a_user_s_own_starts_as_its_specification_says(self, tmp_path):
+        folder = tmp_path / "share" / "kernels" / "python3"
+        folder.mkdir(parents=True)
+        wrapper = tmp_path / "python-of-mine"
+        wrapper.write_text(f'#!/bin/sh\nMINE=1 exec {sys.executable} "$@"\n')
+        wrapper.chmod(0o755)
+        spec = {"argv": [str(wrapper), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "mine", "language": "python"}  # fmt: skip
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        path = write(tmp_path / "n.ipynb", "import os; print('mine:', os.environ.get('MINE'))")
+        command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", "out"]
+        environment = {**os.environ, "JUPYTER_PATH": str(tmp_path / "share")}
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert "mine: 1" in (tmp_path / "out" / "n" / "n.ipynb").read_text()
+
+
+class TestReproducible:
+    def test_two_runs_give_the_same_bytes(self, tmp_path):
+        varying = (
+            "print(object(), id); import warnings; warnings.warn('careful')",
+            "import pandas; pandas.DataFrame({'a': [1]}).style",
+            "import uuid; display(pandas.DataFrame({'b': [2]}).style)",
+        )
+        path = write(tmp_path / "n.ipynb", FIGURE, *varying)
+        found = []
+        for _ in range(2):
+            run([path], tmp_path / "out", force=True)
+            folder = tmp_path / "out" / "n"
+            page.write_notebook(folder / "n.ipynb")
+            names = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != cache.RECORD}
+            found.append(names)
+        assert {"n.ipynb", "n.html", "line.png", "line.svg", "line.pdf", "line.csv"} <= set(names)
+        for name in found[0]:
+            assert found[0][name] == found[1][name], name
+
+    def test_nothing_tells_whose_machine_it_was(self, tmp_path):
+        """The home folder is in the parameters, the command, an error and what a cell prints."""
+        home = tmp_path / "home-of-somebody"
+        home.mkdir()
+        (home / "w.pt").touch()
+        parameters = PARAMETERS + '\nweights = "auto"'
+        good = write(home / "good.ipynb", "print(weights)", "import os; os.getcwd()",
+                     "import warnings; warnings.warn(weights)", parameters=parameters)  # fmt: skip
+        bad = write(home / "bad.ipynb", "os = __import__('os'); os.write(2, weights.encode())",
+                    "raise ValueError(weights)", parameters=parameters)  # fmt: skip
+        command = [sys.executable, "-m", "gnetlab.cli", "report", str(good), str(bad),
+                   "-p", f"weights={home}/w.pt", "--output", f"{home}/out"]  # fmt: skip
+        environment = {**os.environ, "HOME": str(home)}
+
+        def report():
+            return subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+
+        ran = report()
+        assert ran.returncode == 1, ran.stderr
+        files = [path for path in (home / "out").rglob("*") if path.is_file()]
+        assert len(files) >= 9
+        for path in files:
+            content = path.read_bytes()
+            assert b"home-of-somebody" not in content, path
+        manifest = json.loads((home / "out" / "manifest.json").read_text())
+        assert manifest["notebooks"][0]["parameters"]["weights"] == "~/w.pt"
+        again = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert "good: nothing changed since the last run" in again.stdout
+
+    def test_long_output_is_cut_in_the_middle(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", "print('begin'); print('x' * 3_000_000); print('end')")
+        run([path], tmp_path / "out")
+        (output,) = nbformat.read(tmp_path / "out" / "n" / "n.ipynb", 4).cells[-1].outputs
+        assert len(output.text) < 1_001_000
+        assert output.text.startswith("begin")
+        assert output.text.endswith("end\n")
+        assert "characters left out" in output.text

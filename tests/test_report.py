@@ -1,12 +1,16 @@
 """The report on small notebooks made here: planning, execution, failures, pages, publishing."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from gnetlab.report import page, runner
+from gnetlab.report import executed, page, runner
+from gnetlab.report import manifest as manifests
+from gnetlab.report import plan as planning
 
 PARAMETERS = 'profile = "fast"\ndevice = "auto"\nseed = 0\nrate = 0.5\noutput_dir = "output"'
 FIGURE = """
@@ -33,7 +37,7 @@ def write(path: Path, *cells: str, parameters: str | None = PARAMETERS) -> Path:
 
 
 def plan(paths, parameters=None):
-    return runner.plan(paths, parameters or {}, {"profile": "fast", "device": "cpu"})
+    return planning.plan(paths, parameters or {}, {"profile": "fast", "device": "cpu"})
 
 
 def test_parameters_are_checked_and_typed_before_anything_runs(tmp_path):
@@ -73,39 +77,121 @@ def test_files_are_found_from_where_the_command_was_given(tmp_path, monkeypatch)
 )
 def test_wrong_parameters(parameters, message, tmp_path):
     path = write(tmp_path / "a.ipynb", "")
-    with pytest.raises(runner.ReportError, match=message):
+    with pytest.raises(planning.ReportError, match=message):
         plan([path], parameters)
 
 
 def test_all_problems_come_in_one_error(tmp_path):
-    (tmp_path / "text.ipynb").write_text("<<<<<<< not JSON")
-    paths = [
-        tmp_path / "text.ipynb",
-        write(tmp_path / "none.ipynb", "", parameters=None),
-        write(tmp_path / "little.ipynb", "", parameters="seed = 0"),
-    ]
-    with pytest.raises(runner.ReportError) as caught:
-        plan(paths, {"sead": "1"})
-    message = str(caught.value)
-    assert "text.ipynb is not a notebook" in message
-    assert "none.ipynb has 0 cells tagged 'parameters'" in message
-    assert "little.ipynb: its parameters cell lacks profile, device, output_dir" in message
-    assert "unknown parameter sead" in message
+    path = write(tmp_path / "a.ipynb", "")
+    with pytest.raises(planning.ReportError) as caught:
+        plan([path], {"sead": "1", "seed": "x"})
+    assert "unknown parameter sead" in str(caught.value)
+    assert "parameter seed takes int" in str(caught.value)
 
 
-def test_two_parameter_cells_are_refused(tmp_path):
-    path = write(tmp_path / "two.ipynb", "x = 1")
-    notebook = nbformat.read(path, 4)
+def test_notebooks_of_one_name_are_refused(tmp_path):
+    (tmp_path / "b").mkdir()
+    paths = [write(tmp_path / "n.ipynb", ""), write(tmp_path / "b" / "n.ipynb", "")]
+    with pytest.raises(planning.ReportError, match="would share one folder"):
+        plan(paths)
+
+
+def two_parameter_cells(path):
+    notebook = nbformat.read(write(path, "x = 1"), 4)
     notebook.cells[1].metadata["tags"] = ["parameters"]
     nbformat.write(notebook, path)
-    with pytest.raises(runner.ReportError, match="2 cells tagged"):
-        plan([path])
+
+
+def in_another_language(path):
+    notebook = nbformat.read(write(path, "x <- 1"), 4)
+    notebook.metadata["kernelspec"] = {"name": "ir", "display_name": "R", "language": "R"}
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_text("<<<<<<< ours"), "is not a notebook"),
+        (lambda path: path.write_text(""), "is not a notebook"),
+        (lambda path: write(path, "", parameters=None), "has 0 cells tagged 'parameters'"),
+        (two_parameter_cells, "has 2 cells tagged 'parameters'"),
+        (lambda path: write(path, "", parameters="seed = 0"),
+         "its parameters cell lacks profile, device, output_dir"),
+        (in_another_language, "is a notebook in R; only Python's can be run"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_notebook_of_ours_is_said_and_the_others_run(make, message, tmp_path):
+    make(tmp_path / "odd.ipynb")
+    good = write(tmp_path / "good.ipynb", "1")
+    manifest = runner.run(plan([tmp_path / "odd.ipynb", good]), tmp_path / "out")
+    assert [n["status"] for n in manifest["notebooks"]] == ["invalid", "done"]
+    assert message in manifest["notebooks"][0]["error"]
+
+
+def test_a_kernel_of_another_name_is_this_environment_s_python(tmp_path):
+    path = write(tmp_path / "n.ipynb", "import sys; print(sys.prefix)")
+    notebook = nbformat.read(path, 4)
+    notebook.metadata["kernelspec"]["name"] = "somebody-s-environment"
+    nbformat.write(notebook, path)
+    manifest = runner.run(plan([path]), tmp_path / "out")
+    assert manifest["notebooks"][0]["status"] == "done"
+    outputs = nbformat.read(tmp_path / "out" / "n" / "n.ipynb", 4).cells[-1].outputs
+    assert outputs[0].text.strip() == sys.prefix.replace(str(Path.home()), "~")
+
+
+class TestGrid:
+    def test_every_combination_runs_once(self, tmp_path):
+        both = write(tmp_path / "both.ipynb", "print(seed, rate)")
+        one = write(tmp_path / "one.ipynb", "", parameters=PARAMETERS.replace("rate = 0.5\n", ""))
+        jobs = plan([both, one], {"seed": ["1", "2", "2"], "rate": ["0.1", "3"]})
+        assert [job.name for job in jobs] == [
+            "both@seed=1,rate=0.1", "both@seed=1,rate=3.0", "both@seed=2,rate=0.1",
+            "both@seed=2,rate=3.0", "one@seed=1", "one@seed=2",
+        ]  # fmt: skip
+        assert jobs[1].parameters == {"profile": "fast", "device": "cpu", "seed": 1, "rate": 3.0}
+        assert jobs[1].grid == {"seed": 1, "rate": 3.0}
+
+    def test_one_value_is_no_grid(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", "")
+        (job,) = plan([path], {"seed": ["1"], "rate": ["2"]})
+        assert (job.name, job.grid) == ("n", {})
+
+    def test_every_value_is_checked(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", "")
+        with pytest.raises(planning.ReportError, match="but 'x' was given"):
+            plan([path], {"seed": ["1", "x"]})
+
+    def test_folders_can_be_named_after_any_value(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", "", parameters=PARAMETERS + '\nimage = "cat"')
+        values = ["../x", "/etc/passwd", "a b", "<script>", "é" * 200]
+        names = [job.name for job in plan([path], {"image": values})]
+        assert len(set(names)) == len(values)
+        assert all(re.fullmatch(r"n@[\w.=,+-]{1,80}", name) for name in names)
+
+    def test_the_report_has_all_runs_and_their_claims(self, tmp_path):
+        claim = (
+            "from gnetlab.report import claims\n"
+            "claims.check('aux-regularize', None, reason=f'seed {seed}', directory=output_dir)"
+        )
+        path = write(tmp_path / "03_auxiliary_heads.ipynb", claim)
+        manifest = runner.run(plan([path], {"seed": ["4", "5"]}), tmp_path / "out")
+        names = ["03_auxiliary_heads@seed=4", "03_auxiliary_heads@seed=5"]
+        assert [n["name"] for n in manifest["notebooks"]] == names
+        assert [n["grid"] for n in manifest["notebooks"]] == [{"seed": 4}, {"seed": 5}]
+        rows = [c for c in manifest["claims"] if c["id"] == "aux-regularize"]
+        assert [(row["run"], row["reason"]) for row in rows] == [
+            (names[0], "seed 4"), (names[1], "seed 5"),
+        ]  # fmt: skip
+        others = [c["id"] for c in manifest["claims"] if c["run"] is None]
+        assert len(others) == len(set(others))  # not measured here: once is enough
+        for name in names:
+            assert (tmp_path / "out" / name / "03_auxiliary_heads.ipynb").is_file()
 
 
 def test_missing_notebook_lists_the_known():
-    with pytest.raises(runner.ReportError, match=r"99 \(known: 01_compute_cost"):
-        runner.find_notebooks(["99"])
-    assert [path.stem for path in runner.find_notebooks(["02"])] == ["02_branch_activations"]
+    with pytest.raises(planning.ReportError, match=r"99 \(known: 01_compute_cost"):
+        planning.find_notebooks(["99"])
+    assert [path.stem for path in planning.find_notebooks(["02"])] == ["02_branch_activations"]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +242,7 @@ def test_a_cell_that_never_ran_is_noticed(count, error, tmp_path):
     notebook = nbformat.read(path, 4)
     notebook.cells[0].execution_count = count
     nbformat.write(notebook, path)
-    assert runner._unfinished(path) == error
+    assert executed.unfinished(path) == error
 
 
 def test_parameters_reach_the_notebook(report):
@@ -235,7 +321,7 @@ def test_an_interrupt_cancels_the_rest_and_still_writes_the_manifest(tmp_path, m
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "_read_events", interrupted)
+    monkeypatch.setattr(runner._Run, "look_at", interrupted)
     paths = [write(tmp_path / f"{name}.ipynb", "") for name in "ab"]
     manifest = runner.run(plan(paths), tmp_path / "out")
     assert [n["status"] for n in manifest["notebooks"]] == ["cancelled", "cancelled"]
@@ -246,7 +332,7 @@ def test_an_interrupt_cancels_the_rest_and_still_writes_the_manifest(tmp_path, m
 def test_output_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     path = write(tmp_path / "n.ipynb", "")
-    with pytest.raises(runner.ReportError, match="choose another --output"):
+    with pytest.raises(planning.ReportError, match="choose another --output"):
         runner.run(plan([path]), tmp_path / "file" / "out")
 
 
@@ -258,10 +344,11 @@ def test_publishing_replaces_the_folder_and_needs_everything(report, tmp_path, m
     target = tmp_path / "figures"
     target.mkdir()
     (target / "stale.png").write_text("")
-    runner.publish(manifest, out, target)
+    (target / "manifest.json").write_text("{}")  # the last report's
+    manifests.publish(manifest, out, target)
     names = {path.name for path in target.iterdir()}
     assert names == {"line.png", "line.svg", "line.pdf", "line.csv", "manifest.json"}
     write(tmp_path / "notebooks" / "raises.ipynb", "")
-    with pytest.raises(runner.ReportError, match="lacking: raises"):
-        runner.publish(manifest, out, target)
+    with pytest.raises(planning.ReportError, match="lacking: raises"):
+        manifests.publish(manifest, out, target)
     assert {path.name for path in target.iterdir()} == names

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
 
 import gnetlab
+from gnetlab.report import machine
+from gnetlab.report.manifest import without_home
 
 if TYPE_CHECKING:
-    from gnetlab.report.runner import Job
+    from gnetlab.report.plan import Job
 
 RECORD = "run.json"
 
@@ -32,9 +32,12 @@ RECORD = "run.json"
 def restore(job: Job, output: Path, force: bool) -> None:
     """Make `job` "cached", with its last result, or say in `reason` why it runs."""
     folder = output / job.name
+    job.key = _key(job)  # of what is there before it runs: a later change is noticed next time
+    job.inputs = job.key["inputs"]
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        job.reason = "forced" if force else _difference(record, job, folder)
+        job.expected = record["seconds"]
+        job.reason = "forced" if force else _difference(record, job.key, folder)
     except FileNotFoundError:
         job.reason = "no result yet"
     except (ValueError, KeyError, TypeError):
@@ -42,21 +45,21 @@ def restore(job: Job, output: Path, force: bool) -> None:
     if not job.reason:
         job.reason, job.status, job.folder = "nothing changed", "cached", folder
         job.cell, job.seconds, job.facts = job.cells, record["seconds"], record["facts"]
-        job.peak_bytes = record["peak_bytes"]
+        job.peak_bytes, job.started = record["peak_bytes"], record["started"]
 
 
-def keep(job: Job) -> None:
-    """Write what the result in the job's folder depends on, and its files' hashes."""
+def keep(job: Job, folder: Path) -> None:
+    """Write what the result in `folder` depends on, and its files' hashes."""
     record = {
-        "key": _key(job), "seconds": job.seconds, "facts": job.facts, "peak_bytes": job.peak_bytes,
-        "files": _hashes(job.folder),
+        "key": job.key, "started": job.started, "seconds": job.seconds, "facts": job.facts,
+        "peak_bytes": job.peak_bytes, "files": _hashes(folder),
     }  # fmt: skip
     text = json.dumps(record, indent=1, default=str) + "\n"
-    (job.folder / RECORD).write_text(text, encoding="utf-8")
+    (folder / RECORD).write_text(without_home(text), encoding="utf-8")
 
 
-def _difference(record: dict[str, Any], job: Job, folder: Path) -> str:
-    old, new = record["key"], json.loads(json.dumps(_key(job), default=str))
+def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> str:
+    old, new = record["key"], json.loads(without_home(json.dumps(key, default=str)))
     for part, value in new.items():
         before = old[part]
         if before == value:
@@ -81,7 +84,7 @@ def _key(job: Job) -> dict[str, Any]:
         "cells": _digest("\0".join(f"{cell.cell_type}\0{cell.source}" for cell in cells).encode()),
         "parameters": parameters,
         "source of gnetlab": _source(),
-        "packages": _versions(),
+        "packages": machine.versions(),
         "devices": _devices(),
         "inputs": _inputs(parameters),
     }
@@ -99,23 +102,10 @@ def _source() -> str:
     return _digest("\n".join(names).encode())
 
 
-def _versions() -> dict[str, str]:
-    from gnetlab.report.runner import PACKAGES
-
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}
-
-
-@functools.cache
 def _devices() -> str:
-    """The machine's kind and its GPUs, without loading torch."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-        gpus = listed.stdout if listed.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        gpus = ""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    return _digest(f"{platform.machine()} {os.cpu_count()} {gpus} {visible}".encode())[:16]
+    """The machine's kind and its GPUs."""
+    text = f"{platform.machine()} {os.cpu_count()} {machine.gpus()}"
+    return _digest(text.encode())[:16]
 
 
 def _inputs(parameters: dict[str, Any]) -> dict[str, str]:

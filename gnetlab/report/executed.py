@@ -1,0 +1,75 @@
+"""An executed notebook: whether it is complete, and without what differs from run to run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+
+_LONGEST_STREAM = 1_000_000  # characters of what a cell prints that are kept
+# What a run leaves that the next one would not: addresses, temporary files, random names.
+_VARYING = (
+    (re.compile(r"0x[0-9a-fA-F]{6,16}\b"), "0x…"),
+    (re.compile(r"(/[\w./-]*)?/ipykernel_\d+/\d+\.py"), "cell.py"),
+    (re.compile(r"\b(Cell In\[\d+\], line|process|pid|PID) \d{3,}\b"), r"\1 …"),
+)
+_STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=[\"_ #,{])")
+
+
+def unfinished(executed: Path) -> str:
+    """Why an executed notebook is not complete; empty if it is."""
+    cells = [c for c in nbformat.read(executed, as_version=4).cells if c.cell_type == "code"]
+    for number, cell in enumerate(cells, 1):
+        raised = next((out for out in cell.outputs if out.output_type == "error"), None)
+        if raised:
+            return f"{raised.ename}: {raised.evalue} (in code cell {number})"
+        if cell.source.strip() and cell.execution_count is None:
+            return f"code cell {number} never ran (the kernel ended before it)"
+    return ""
+
+
+def normalize(executed: Path) -> None:
+    """Make two runs that did the same the same file; drop what tells of this machine."""
+    from gnetlab.report.manifest import without_home, write
+
+    notebook = nbformat.read(executed, as_version=4)
+    for name in ("papermill", "widgets"):
+        notebook.metadata.pop(name, None)
+    names: dict[str, str] = {}  # of pandas' styled tables, which are random
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata.pop("papermill", None)
+        cell.metadata.pop("execution", None)
+        tags = cell.metadata.get("tags", [])
+        if "papermill-error-cell-tag" in tags:
+            cell.metadata["tags"] = ["error"]
+        if "injected-parameters" in tags:
+            cell["id"] = "injected-parameters"
+        elif "error" in cell.metadata.get("tags", []):
+            cell["id"] = f"error-{number}"
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = _shortened(_steady(output.text, names))
+            elif output.output_type == "error":
+                output.traceback = [_steady(line, names) for line in output.traceback]
+                output.evalue = _steady(output.evalue, names)
+            else:
+                for kind, value in output.data.items():
+                    if kind.startswith("text/") and isinstance(value, str):
+                        output.data[kind] = _steady(value, names)
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    write(executed, without_home(nbformat.writes(notebook)) + "\n")
+
+
+def _steady(text: str, names: dict[str, str]) -> str:
+    for pattern, replacement in _VARYING:
+        text = pattern.sub(replacement, text)
+    return _STYLER.sub(lambda found: names.setdefault(found[0], f"T_{len(names):05d}"), text)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LONGEST_STREAM:
+        return text
+    half = _LONGEST_STREAM // 2
+    left_out = len(text) - _LONGEST_STREAM
+    return f"{text[:half]}\n[… {left_out:,} characters left out …]\n{text[-half:]}"

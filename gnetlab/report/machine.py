@@ -1,0 +1,83 @@
+"""The machine that a report is made on, without loading torch: cores, memory, GPUs, versions."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
+    "papermill", "scikit-image",
+)  # fmt: skip
+_GB_PER_NOTEBOOK = 4  # the largest takes 3 at the fast profile
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results hang on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+@functools.cache
+def gpus() -> list[dict[str, str]]:
+    """NVIDIA GPUs that may be used: `name`, `driver`, and `id` for CUDA_VISIBLE_DEVICES."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,uuid", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    if listed.returncode:
+        return []
+    rows = [re.split(r",\s*", line.strip()) for line in listed.stdout.splitlines() if line.strip()]
+    found = [dict(zip(("name", "driver", "id"), row, strict=True)) for row in rows if len(row) == 3]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    wanted = [name.strip() for name in visible.split(",")]
+    return [gpu for i, gpu in enumerate(found) if str(i) in wanted or gpu["id"] in wanted]
+
+
+def describe() -> dict[str, Any]:
+    """For the manifest: operating system, CPU, cores, memory, GPUs; no name of machine or user."""
+    import psutil
+
+    return {
+        "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
+        "machine": platform.machine(),
+        "cpu": _cpu(),
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [{"name": gpu["name"], "driver": gpu["driver"]} for gpu in gpus()],
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def bearable_workers(device: str) -> int:
+    """Notebooks that this machine bears at a time: two cores and 4 GB each, and a GPU each."""
+    import psutil
+
+    by_memory = psutil.virtual_memory().available // (_GB_PER_NOTEBOOK * 10**9)
+    most = min(4, available_cores() // 2, by_memory)
+    if device != "cpu" and gpus():
+        most = min(most, len(gpus()))
+    return max(1, most)
