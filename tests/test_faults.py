@@ -229,18 +229,19 @@ class TestFaults:
 
     def test_what_was_only_forked_is_ended_as_well(self, tmp_path):
         # no exec, so no mark in its environment; and in the second case no session of the kernel's
+        name = f"forked-{os.getpid()}"
         forks = (
             "import ctypes, os, time\n"
             "for own_session in (False, True):\n"
             "    if os.fork() == 0:\n"
             "        if own_session: os.setsid()\n"
-            "        ctypes.CDLL(None).prctl(15, b'forked-7304', 0, 0, 0)\n"
+            f"        ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n"
             "        time.sleep(600)\n"
             "        os._exit(0)\n"
         )
         path = write(tmp_path / "n.ipynb", forks)
         assert run([path], tmp_path / "out")["n"]["status"] == "done"
-        found = [p for p in psutil.process_iter() if p.name() == "forked-7304"]
+        found = [p for p in psutil.process_iter() if p.name() == name]
         assert all(p.status() == psutil.STATUS_ZOMBIE for p in found)  # whose parent was us
 
     def test_a_second_call_goes_on_where_the_first_failed(self, tmp_path):
