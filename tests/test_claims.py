@@ -188,3 +188,6 @@ def test_verdict_is_escaped_in_the_notebook(tmp_path):
 def test_facts_are_kept_as_json(tmp_path):
     claims.facts(directory=tmp_path, weights="random", seeds=np.int64(3))
     assert json.loads((tmp_path / "facts.json").read_text()) == {"weights": "random", "seeds": 3}
+    claims.facts(directory=tmp_path, data="crops", seeds=4)
+    kept = json.loads((tmp_path / "facts.json").read_text())
+    assert kept == {"weights": "random", "seeds": 4, "data": "crops"}

@@ -665,3 +665,20 @@ def test_load_of_an_unknown_name_lists_the_known(name):
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match="there are 24 images"):
         Numbered().train_batch(0, 25)
+
+
+class TestFingerprint:
+    def test_it_hangs_on_the_images_alone(self):
+        one, other = data.PhotoCrops(size=32), data.PhotoCrops(size=64, test_size=3)
+        assert data.fingerprint(one) == data.fingerprint(other)
+        other._atlas = other._atlas + 1
+        assert data.fingerprint(one) != data.fingerprint(other)
+
+    def test_files_are_read(self, tmp_path):
+        for split in ("train", "test"):
+            (tmp_path / split / "a").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "1.png")
+        before = data.fingerprint(data.ImageFolder(tmp_path))
+        assert before == data.fingerprint(data.ImageFolder(tmp_path, size=64))
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "test" / "a" / "1.png")
+        assert data.fingerprint(data.ImageFolder(tmp_path)) != before

@@ -40,6 +40,10 @@ def until(condition, seconds=40.0):
         time.sleep(0.1)
 
 
+# that a notebook has to itself
+THREADS = os.environ.get("OMP_NUM_THREADS", str(machine.available_cores()))
+
+
 def run(paths, output, parameters=None, **options):
     jobs = plan(paths, parameters)
     manifest = runner.run(jobs, output, **options)
@@ -104,13 +108,13 @@ class TestIncremental:
         path, out = done
         change(out / "n")
         (job,) = plan([path])
-        cache.restore(job, out, force=False)
+        cache.restore(job, out, False, THREADS)
         assert (job.status, job.reason) == ("queued", reason)
 
     def test_a_changed_parameter_is_named(self, done):
         path, out = done
         (job,) = plan([path], {"seed": "1"})
-        cache.restore(job, out, force=False)
+        cache.restore(job, out, False, THREADS)
         assert job.reason == "parameters changed: seed 0 → 1"
 
     @pytest.mark.parametrize(
@@ -118,6 +122,7 @@ class TestIncremental:
         [
             ((cache, "_source"), "source of gnetlab changed"),
             ((cache, "_devices"), "devices changed"),
+            ((machine, "available_cores"), "threads changed: {} → other"),
             ((machine, "versions"), "packages changed: python {} → 9"),
         ],
     )
@@ -125,10 +130,12 @@ class TestIncremental:
         path, out = done
         old = machine.versions()
         changed = {**old, "python": "9"} if part[1] == "versions" else "other"
-        monkeypatch.setattr(*part, lambda: changed)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         (job,) = plan([path])
-        cache.restore(job, out, force=False)
-        assert job.reason == reason.format(old["python"])
+        monkeypatch.setattr(*part, lambda: changed)
+        cache.restore(job, out, False, runner.Here(1).threads(job))
+        before = old["python"] if part[1] == "versions" else THREADS
+        assert job.reason == reason.format(before)
 
     def test_force_runs_it_all_the_same(self, done):
         path, out = done

@@ -11,6 +11,9 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
+import gnetlab as gl
+from gnetlab.net import data, weights
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 COMMON = {"profile", "device", "weights", "data", "seed", "output_dir"}
@@ -178,7 +181,12 @@ class TestReport:
     def test_weights_and_device_stand_in_the_manifest(self, report):
         facts = {n["name"]: n["facts"] for n in report[1]["notebooks"]}
         assert all("device" in fact and "weights" in fact for fact in facts.values())
-        assert facts["02_branch_activations"]["weights"].startswith("bundled weights")
+        of_branches = facts["02_branch_activations"]
+        assert of_branches["weights"].startswith("bundled weights")
+        bundled = gl.googlenet(weights="bundled")
+        assert of_branches["weights_sha256"] == weights.fingerprint(bundled)
+        for notebook in ("02_branch_activations", "03_auxiliary_heads"):
+            assert facts[notebook]["data_sha256"] == data.fingerprint(data.PhotoCrops())
 
     def test_pages_exist_and_refer_to_existing_files(self, report):
         out = report[0]

@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import nbformat
 import pytest
 
-from gnetlab.report import executed, page, runner
+from gnetlab.report import executed, machine, page, runner
 from gnetlab.report import manifest as manifests
 from gnetlab.report import plan as planning
 
@@ -279,6 +281,41 @@ def test_manifest_says_what_made_the_report(report):
     assert figure["files"].keys() == {"png", "svg", "pdf", "csv"}
     assert len(figure["files"]["png"]["sha256"]) == 64
     assert str(out) not in (out / "manifest.json").read_text()
+
+
+SCHEMA = json.loads((Path(runner.__file__).parent / "manifest.schema.json").read_text())
+
+
+def test_manifests_keep_their_schema(report):
+    manifest = report[1]
+    checker = jsonschema.Draft202012Validator(SCHEMA)
+    checker.validate(manifest)
+    system = manifest["system"]
+    assert system["cores"] == machine.available_cores()
+    assert system["memory_bytes"] > 10**8
+    assert entry(manifest, "good")["started"] >= manifest["started"]
+    assert 0 < entry(manifest, "good")["seconds"] <= manifest["seconds"]
+    assert not checker.is_valid({**manifest, "host": "x"})
+    assert not checker.is_valid({k: v for k, v in manifest.items() if k != "system"})
+
+
+def test_gpus_and_their_driver_stand_in_the_manifest(monkeypatch):
+    listed = "NVIDIA H200, 570.1, GPU-aa\nNVIDIA H100, 570.1, GPU-bb\n"
+
+    def nvidia_smi(*_args, **_options):
+        return subprocess.CompletedProcess([], 0, stdout=listed)
+
+    monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
+    cases = {None: ["H200", "H100"], "1": ["H100"], "GPU-aa": ["H200"], "": []}
+    for visible, names in cases.items():
+        machine.gpus.cache_clear()
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        described = machine.describe()["gpus"]
+        assert described == [{"name": f"NVIDIA {name}", "driver": "570.1"} for name in names]
+    machine.gpus.cache_clear()
 
 
 def test_executed_notebook_says_nothing_of_this_machine(report):

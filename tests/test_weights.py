@@ -520,3 +520,11 @@ def test_a_bare_state_dict_says_what_network_it_is_of(tmp_path, preset, options)
 def test_what_bundled_training_writes_loads_by_its_path():
     model = googlenet(weights=BUNDLED)
     assert same_state(model, googlenet(weights="bundled"))
+
+
+def test_a_fingerprint_tells_weights_apart():
+    one, same = (googlenet("cifar", width=0.125, seed=1) for _ in range(2))
+    assert weights.fingerprint(one) == weights.fingerprint(same)
+    with torch.no_grad():
+        same.fc.bias[0] += 1e-6
+    assert weights.fingerprint(one) != weights.fingerprint(same)

@@ -4,6 +4,7 @@
 `open_image()`    a photograph by name, or the reader's own file
 `preprocess()`    RGB uint8 -> normalized 1 x 3 x size x size
 `load()`          a labelled data set by name: "photocrops", "fashion-mnist", "folder:PATH", ...
+`fingerprint()`   what a data set holds, as a SHA-256
 `PhotoCrops`      classification set made of the photographs: which one is this crop from?
 `FashionMNIST`, `ImageFolder`
 
@@ -17,12 +18,13 @@ from __future__ import annotations
 
 import functools
 import gzip
+import hashlib
 import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -267,6 +269,25 @@ class PhotoCrops:
         pixels = F.grid_sample(self._atlas, grid, align_corners=False)
         images = pixels.view(3, count, size, size).transpose(0, 1).contiguous()
         return images, labels.to(self.device)
+
+
+def fingerprint(data: Any) -> str:
+    """SHA-256 of a data set's images and labels, or of its files, with the classes' names.
+
+    Whatever the folder, device and image size: the same data give the same digits.
+    """
+    digest = hashlib.sha256(repr(tuple(data.classes)).encode())
+    if isinstance(data, PhotoCrops):
+        digest.update(data._atlas.cpu().numpy().tobytes())
+    for split in ("train", "test"):
+        if hasattr(data, "_images"):
+            digest.update(data._images[split].cpu().numpy().tobytes())
+            digest.update(data._labels[split].cpu().numpy().tobytes())
+        elif hasattr(data, "_samples"):
+            for path, label in data._samples[split]:
+                digest.update(f"{Path(path).name} {label}".encode())
+                digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache

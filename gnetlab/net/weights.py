@@ -65,6 +65,15 @@ class Checkpoint(NamedTuple):
     architecture: dict[str, Any] | None
 
 
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers, by name: which weights these are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def find(weights: str | Path) -> Found:
     """Locate weights: "imagenet", "bundled", "auto", "bvlc:PATH" or a path.
 

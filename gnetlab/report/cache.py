@@ -4,7 +4,7 @@
 `keep()`     note what a result depends on, beside it
 
 A result depends on the notebook's cells, its parameters, gnetlab's source, the versions of
-packages, the devices, and the files that parameters name.
+packages, the devices, the threads it computes with, and the files that parameters name.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 RECORD = "run.json"
 
 
-def restore(job: Job, output: Path, force: bool) -> None:
+def restore(job: Job, output: Path, force: bool, threads: str) -> None:
     """Make `job` "cached", with its last result, or say in `reason` why it runs."""
     folder = output / job.name
-    job.key = _key(job)  # of what is there before it runs: a later change is noticed next time
+    job.key = _key(
+        job, threads
+    )  # of what is there before it runs: a later change is noticed next time
     job.inputs = job.key["inputs"]
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -61,7 +63,7 @@ def keep(job: Job, folder: Path) -> None:
 def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> str:
     old, new = record["key"], json.loads(without_home(json.dumps(key, default=str)))
     for part, value in new.items():
-        before = old[part]
+        before = old.get(part)
         if before == value:
             continue
         if isinstance(value, dict):
@@ -71,13 +73,13 @@ def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> st
                 if before.get(name) != value.get(name)
             ]
             return f"{part} changed: {', '.join(changed)}"
-        return f"{part} changed"
+        return f"{part} changed" + (f": {before} → {value}" if part == "threads" else "")
     files = _hashes(folder)
     lost = [name for name, digest in record["files"].items() if files.get(name) != digest]
     return f"result changed or lost: {', '.join(lost)}" if lost else ""
 
 
-def _key(job: Job) -> dict[str, Any]:
+def _key(job: Job, threads: str) -> dict[str, Any]:
     cells = nbformat.read(job.source, as_version=4).cells
     parameters = {**job.defaults, **job.parameters}
     return {
@@ -86,6 +88,7 @@ def _key(job: Job) -> dict[str, Any]:
         "source of gnetlab": _source(),
         "packages": machine.versions(),
         "devices": _devices(),
+        "threads": threads,
         "inputs": _inputs(parameters),
     }
 

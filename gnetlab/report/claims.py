@@ -440,11 +440,14 @@ def check(
 
 
 def facts(*, directory: str | Path = ".", **values: str | int | float) -> None:
-    """Keep facts (weights="...", device="...") for the manifest, beside the verdicts."""
+    """Keep facts (weights="...", device="...") for the manifest, with those kept before."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "facts.json"
+    if path.is_file():
+        values = {**json.loads(path.read_text(encoding="utf-8")), **values}
     text = json.dumps(values, indent=1, default=_plain, ensure_ascii=False)
-    (folder / "facts.json").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

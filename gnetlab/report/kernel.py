@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import traceback
+from multiprocessing import resource_tracker
 from typing import Any
 
 COLD = "GNETLAB_COLD_KERNEL"  # set, every kernel starts as Jupyter starts it
@@ -112,6 +113,9 @@ def _kernel(read: int) -> int:
     os.chdir(order["cwd"])
     if "torch" in sys.modules and "GNETLAB_CORES" in os.environ:  # OMP_NUM_THREADS comes too late
         sys.modules["torch"].set_num_threads(int(os.environ["GNETLAB_CORES"]))
+    # One of its own, as a cold kernel has: the runner's would speak of what a kernel left behind.
+    tracker = resource_tracker._resource_tracker
+    tracker._fd = tracker._pid = None
     from ipykernel.kernelapp import IPKernelApp
 
     sys.argv = ["ipykernel_launcher", *order["argv"]]

@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import json
 import multiprocessing.connection
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -46,6 +47,7 @@ class Place(Protocol):
 
     workers: int
 
+    def threads(self, job: Job) -> str: ...
     def prepare(self, notebooks: int) -> None: ...
     def start(
         self, job: Job, part: Path, environment: dict[str, str], timeout: float | None
@@ -58,6 +60,12 @@ class Here:
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
+    def threads(self, job: Job) -> str:
+        """How many a notebook computes with; sums differ in their last digits with it."""
+        if self.workers > 1 and not job.alone:
+            return str(max(1, machine.available_cores() // self.workers))
+        return os.environ.get("OMP_NUM_THREADS", str(machine.available_cores()))
+
     def prepare(self, notebooks: int) -> None:
         worker.prepare(notebooks)
 
@@ -66,8 +74,8 @@ class Here:
     ) -> Handle:
         del timeout  # the runner watches it
         if self.workers > 1 and not job.alone:
-            cores = str(max(1, machine.available_cores() // self.workers))
-            environment = {**environment, "GNETLAB_CORES": cores, "OMP_NUM_THREADS": cores}
+            threads = self.threads(job)
+            environment = {**environment, "GNETLAB_CORES": threads, "OMP_NUM_THREADS": threads}
         parameters = {**job.parameters, "output_dir": "."}
         return worker.start(job.source, part / f"{job.notebook}.ipynb", parameters, environment)
 
@@ -110,18 +118,17 @@ def run(
         ) from error
     except OSError as error:
         raise ReportError(f"cannot write to {output}: {error}; choose another --output") from error
-    started, begun = _now(), time.monotonic()
+    started, begun, place = _now(), time.monotonic(), place or Here(workers)
     try:
         for part in output.glob(".part-*"):  # of a run that was killed
             shutil.rmtree(part, ignore_errors=True)
         for job in jobs:
             if job.status == "queued":
-                cache.restore(job, output, force)
+                cache.restore(job, output, force, place.threads(job))
             if job.status != "queued":
                 progress(job)
         queued = [job for job in jobs if job.status == "queued"]
         if queued:
-            place = place or Here(workers)
             place.prepare(len(queued))
             _Run(output, progress, place, timeout).all(queued)
         kept = manifest.kept(jobs, output)
