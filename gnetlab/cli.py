@@ -91,8 +91,9 @@ def report(
     from gnetlab.report.manifest import publish as publish_figures
 
     for name in ("SIGTERM", "SIGHUP"):  # these end as Ctrl-C does
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
     output = (output or Path("reports") / profile).resolve()

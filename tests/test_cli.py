@@ -1,13 +1,15 @@
 """The command line: tables, files and exit statuses."""
 
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from gnetlab.cli import app
-from gnetlab.report import page, runner
+from gnetlab.cli import _Progress, app
+from gnetlab.report import page, plan, runner
 
 
 @pytest.fixture
@@ -159,3 +161,56 @@ def test_help_shows_what_the_command_does(command, run):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert command == "info" or "Example: gnetlab" in result.output
+
+
+class TestProgress:
+    def job(self, **changes):
+        return plan.Job("long[bold]", Path("long[bold].ipynb"), "", {}, 9, **changes)
+
+    def test_a_line_per_change_where_there_is_no_terminal(self, capsys):
+        job = self.job(expected=41.2, reason="parameters changed: seed 0 → 1")
+        progress = _Progress([job])
+        with progress:
+            for status, cell in [("running", 0), ("running", 1), ("running", 5), ("done", 9)]:
+                job.status, job.cell = status, cell
+                job.seconds = 7.6 * (status == "done")
+                progress(job)
+        assert capsys.readouterr().out.splitlines() == [
+            "long[bold]: running, 9 cells, about 41 s the last time "
+            "(parameters changed: seed 0 → 1)",
+            "long[bold]: done in 8 s",
+        ]
+
+    def test_a_line_per_notebook_that_is_alive_on_a_terminal(self, capsys, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "120")
+        running = self.job(status="running", cell=4, seconds=12.3, expected=41.2, reason="forced")
+        progress = _Progress([running, self.job()])
+        assert progress._is_live
+        Console(width=120).print(progress._table())
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        assert re.split(r"\s{2,}", lines[0].strip()) == [
+            "notebook", "state", "cell", "seconds", "last time", "why",
+        ]  # fmt: skip
+        assert lines[1].split() == ["long[bold]", "running", "4/9", "12", "41", "forced"]
+        assert lines[2].split() == ["long[bold]", "queued", "0/9", "0"]
+        running.cell = 5  # it is read anew at every refresh
+        Console(width=120).print(progress._live.get_renderable())
+        assert "5/9" in capsys.readouterr().out
+
+
+def test_a_grid_is_given_with_commas(run, monkeypatch, tmp_path):
+    seen = []
+
+    def planned(_paths, parameters, _common):
+        seen.append(parameters)
+        raise plan.ReportError("enough")
+
+    monkeypatch.setattr(plan, "plan", planned)
+    given = ["-p", "seed=0,1", "-p", "stages=[3a,4e],[5b]", "-p", "image=a,b"]
+    run("report", "04", *given, "--grid", "--output", str(tmp_path))
+    run("report", "04", *given, "--output", str(tmp_path))
+    assert seen == [
+        {"seed": ["0", "1"], "stages": ["[3a,4e]", "[5b]"], "image": ["a", "b"]},
+        {"seed": "0,1", "stages": "[3a,4e],[5b]", "image": "a,b"},
+    ]

@@ -332,7 +332,9 @@ class TestFaults:
         run([write(tmp_path / "n.ipynb", "1")], tmp_path / "out")
         assert not list((tmp_path / "out").glob(".part-*"))
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    @pytest.mark.parametrize(
+        "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
+    )
     def test_no_process_outlives_the_one_who_runs_it(self, number, tmp_path):
         seconds = f"74{int(number):02d}"
         spins = "while True: pass"
@@ -350,6 +352,15 @@ class TestFaults:
         assert status == 130
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         assert manifest["notebooks"][0]["status"] == "cancelled"
+
+    def test_a_hangup_is_ignored_under_nohup(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", CHILD.format("7305"), "import time; time.sleep(5)")
+        command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", "out"]
+        running = subprocess.Popen(["nohup", *command], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        until(lambda: sleepers("7305"))
+        running.send_signal(signal.SIGHUP)
+        assert running.wait(timeout=40) == 0
 
 
 class TestParallel:
