@@ -1,4 +1,4 @@
-"""The command line: `gnetlab report | costs | train | info`. Thin: others do the work."""
+"""The command line: `gnetlab report | compare | costs | train | info`. Thin: others do the work."""
 
 from __future__ import annotations
 
@@ -79,6 +79,9 @@ def report(
     scheduler: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Run on the Dask cluster there, not here.")
     ] = "",
+    pdf: Annotated[
+        bool, typer.Option("--pdf", help="Print it to report.pdf too, by an installed Chromium.")
+    ] = False,
 ) -> None:
     """Execute the notebooks through papermill and write a report; what has not changed is kept.
 
@@ -111,14 +114,18 @@ def report(
             )  # fmt: skip
         for job in jobs:
             executed = job.folder / f"{job.notebook}.ipynb" if job.folder else None
-            if executed and not (
-                job.status == "cached" and executed.with_suffix(".html").is_file()
-            ):
-                page.write_notebook(executed)
+            shown = job.status == "cached" and executed.with_suffix(".html").is_file()
+            if executed and not shown:
+                page.write_notebook(executed, output / "index.html")
         index = page.write_index(manifest, output)
         console = Console(highlight=False, soft_wrap=True)
         _print_errors(jobs)
         console.print(f"Report: {escape(str(index))}")
+        if pdf:
+            try:
+                console.print(f"PDF: {escape(str(page.print_pdf(index)))}")
+            except page.PrintError as error:  # the report is there all the same
+                typer.echo(f"not printed to PDF: {error}", err=True)
         if publish:
             target = plan.notebooks_folder().parent / "figures"
             copied = publish_figures(manifest, output, target)
@@ -161,6 +168,49 @@ def _place(scheduler: str, jobs: list, workers: int) -> contextlib.AbstractConte
     from gnetlab.report.cluster import Cluster
 
     return Cluster(scheduler, jobs, workers or None)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A report's folder, or its manifest.json.")],
+    b: Annotated[Path, typer.Argument(help="Another.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Relative changes up to it are none, such as 0.01.")
+    ] = 0.0,
+    ignore_timing: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-timing", help="Times may differ: for figures not told, not counted."
+        ),
+    ] = False,
+) -> None:
+    """Say what moved from report A to report B: verdicts, numbers, figures, and what may be why.
+
+    Example: gnetlab compare figures reports/fast --tolerance 0.01
+
+    Exit status: 0 nothing moved, 1 something did, 2 wrong usage.
+    """
+    from gnetlab.report import compare as comparing
+
+    try:
+        (old, folder_a), (new, folder_b) = map(comparing.load, (a, b))
+    except ValueError as error:
+        raise _usage_error(escape(str(error))) from error
+    found = comparing.compare(
+        old, new, (folder_a, folder_b), tolerance=tolerance, ignore_timing=ignore_timing
+    )
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(width=width, markup=False, emoji=False, highlight=False)
+    for title, changes in (("Moved", found.moved), ("Made differently", found.context)):
+        table = Table("what", "name", "A", "B", "change", box=None, pad_edge=False)
+        for change in changes:
+            relative = "" if change.relative is None else f"{change.relative:+.3%}"
+            relative += " (timing)" if change.timing else ""
+            table.add_row(change.kind, change.name, change.old, change.new, relative)
+        console.print(f"{title}: {len(changes) or 'nothing'}", style="bold")
+        if changes:
+            console.print(table)
+    raise typer.Exit(int(found.differs(ignore_timing=ignore_timing)))
 
 
 class _Progress:

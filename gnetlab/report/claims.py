@@ -351,7 +351,7 @@ CLAIMS: dict[str, Claim] = {
             "every stage; depends in between",
             {
                 "ratios_90": "stage -> time of CSR with im2col over the dense one, 90% zeros",
-                "ratios_99": "the same at 99% zeros",
+                "ratios_99": "the same time at 99% zeros",
             },
             _sparse_slow,
         ),
