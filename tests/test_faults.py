@@ -480,6 +480,17 @@ class TestKernels:
         run([path], tmp_path / "out")
         assert "forkserver" in (tmp_path / "out" / "n" / "n.ipynb").read_text()
 
+    def test_a_pool_that_is_left_open_is_nobody_s_concern(self, tmp_path):
+        opens = (
+            "import concurrent.futures as c, multiprocessing as m\n"
+            "pool = c.ProcessPoolExecutor(1, m.get_context('spawn'))\n"
+            "pool.submit(len, 'abc').result()"
+        )
+        path = write(tmp_path / "n.ipynb", opens)
+        command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", "out"]
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ran.stderr == ""  # nor about semaphores that leaked
+
     def test_cuda_before_the_fork_means_a_cold_kernel(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         assert not kernel.can_fork()
