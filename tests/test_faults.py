@@ -304,6 +304,7 @@ class TestFaults:
             f"{report} n.ipynb; echo first $?\n"
             "sha256sum out/n/n.ipynb > before\n"
             f"{report} n.ipynb fills.ipynb; echo second $?\n"
+            "ls out/failed/fills\n"
             "dd if=/dev/zero of=out/fill bs=4k 2> /dev/null\n"
             f"{report} n.ipynb --force; echo third $?\n"
             "sha256sum -c before; rm out/fill\n"
@@ -316,6 +317,7 @@ class TestFaults:
         _first, second, third, fourth = re.split(r"(?:first|second|third) \d\n", ran.stdout)
         full = "[Errno 28] No space left on device"
         assert f"fills failed: OSError: {full}" in second
+        assert "fills.ipynb" in third.splitlines()  # kept, if only as it was before it ran
         assert "Report:" in second  # there was room for it again
         assert "n: nothing changed" in second
         assert f"n failed: OSError: {full}" in third
