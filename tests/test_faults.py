@@ -221,7 +221,7 @@ class TestFaults:
 
     def test_a_cell_that_never_lets_go_of_python_is_ended_too(self, tmp_path):
         holds = "import ctypes; ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
-        path = write(tmp_path / "n.ipynb", "print('before')", holds)
+        path = write(tmp_path / "n.ipynb", "print('be' + 'fore')", holds)
         entry = run([path], tmp_path / "out", timeout=6)["n"]
         assert entry["status"] == "timeout"
         kept = (tmp_path / "out" / "failed" / "n" / "n.ipynb").read_text()
