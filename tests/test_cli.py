@@ -194,6 +194,8 @@ class TestProgress:
         ]  # fmt: skip
         assert lines[1].split() == ["long[bold]", "running", "4/9", "12", "41", "forced"]
         assert lines[2].split() == ["long[bold]", "queued", "0/9", "0"]
+        progress(running)
+        assert capsys.readouterr().out == ""  # no lines between the drawings
         running.cell = 5  # it is read anew at every refresh
         Console(width=120).print(progress._live.get_renderable())
         assert "5/9" in capsys.readouterr().out

@@ -372,19 +372,51 @@ def _read_record(path: Path, frame: str) -> tuple[dict[str, Any], pd.DataFrame]:
 
 def local_executor(
     device: str | torch.device = "auto", workers: int | None = None
-) -> concurrent.futures.ProcessPoolExecutor:
+) -> concurrent.futures.Executor:
     """Processes for `study`: on the CPU one per core, with a thread each; on a GPU four share it.
 
     A small network uses neither two cores nor a whole GPU well: several at once are done sooner.
     In a script, call it under `if __name__ == "__main__":`, as the processes import the script.
+
+    In a notebook that `gnetlab report --scheduler` has sent to a Dask cluster (it sets
+    GNETLAB_SCHEDULER), the workers of that cluster run the experiments, whatever `workers` says.
     """
     on_cpu = resolve_device(str(device)).type == "cpu"
+    if address := os.environ.get("GNETLAB_SCHEDULER"):
+        return _cluster_executor(address, on_cpu)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = int(os.environ.get("GNETLAB_CORES", cores))  # this notebook's share of them
     workers = workers or (cores if on_cpu else 4)
     return concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _begin, (max(1, cores // workers),)
     )
+
+
+def _cluster_executor(address: str, on_cpu: bool) -> concurrent.futures.Executor:
+    from distributed import Client
+    from distributed.cfexecutor import ClientExecutor
+
+    class Executor(ClientExecutor):
+        def submit(self, function: Any, *arguments: Any) -> concurrent.futures.Future:
+            return super().submit(_on_worker, function, *arguments)
+
+    client = Client(address, set_as_default=False)
+    on_gpu = not on_cpu and any(client.run(_offers_gpu).values())
+    # None is reserved, only a worker with some is asked for: this notebook holds one, perhaps the
+    # only one, and waits.
+    resources = {"GPU": 0} if on_gpu else None
+    return Executor(client, pure=False, resources=resources)
+
+
+def _offers_gpu(dask_worker: Any) -> bool:
+    return "GPU" in dask_worker.state.total_resources
+
+
+def _on_worker(function: Any, *arguments: Any) -> Any:
+    from distributed import get_worker
+
+    torch.set_num_threads(get_worker().state.nthreads)
+    return function(*arguments)
 
 
 def _begin(threads: int) -> None:
