@@ -1,4 +1,4 @@
-"""The command line: `gnetlab report | compare | costs | train | info`. Thin: others do the work."""
+"""The command line: `gnetlab report | compare | figures | costs | train | info`; it is thin."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def compare(
     try:
         (old, folder_a), (new, folder_b) = map(comparing.load, (a, b))
     except ValueError as error:
-        raise _usage_error(escape(str(error))) from error
+        raise _usage_error(str(error)) from error
     found = comparing.compare(
         old, new, (folder_a, folder_b), tolerance=tolerance, ignore_timing=ignore_timing
     )
@@ -434,6 +434,62 @@ def _shown(value: object) -> str:
     if isinstance(value, Integral) or (isinstance(value, float) and value >= 1000):
         return f"{int(value):,}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names, as in the report; default: all.")
+    ] = None,
+    report: Annotated[
+        Path, typer.Option(help="Folder of the report, or of some of its figures.")
+    ] = Path("reports/fast"),
+    style: Annotated[
+        str | None,
+        typer.Option(help="column (3.5 in wide) or page (7.2 in); default: each figure's own."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="pdf, svg or png; may be repeated; default: all three."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files; default: figures-STYLE, here.")
+    ] = None,
+) -> None:
+    """Draw a report's figures again, for one column of a paper or a page; nothing is measured.
+
+    Example: gnetlab figures latency cost_per_module --style column --format pdf
+
+    Without --style the files are the same as in the report, and go to figures-own.
+
+    Exit status: 0 drawn, 2 wrong usage, no report, or a stored figure that cannot be drawn.
+    """
+    from gnetlab.draw.figures import KINDS
+    from gnetlab.draw.redraw import redraw, stored
+    from gnetlab.draw.style import WIDTHS
+
+    if style not in (None, *WIDTHS):
+        raise _usage_error(f"--style {style} asked; choose {' or '.join(WIDTHS)}")
+    for kind in formats or []:
+        if kind not in KINDS:
+            raise _usage_error(f"--format {kind} asked; choose from {', '.join(KINDS)}")
+    if not (known := stored(report)):
+        found = "has no stored figures" if report.is_dir() else "is not there"
+        raise _usage_error(
+            f"{report} {found}; run `gnetlab report` again, or give another --report"
+        )
+    for name in names or []:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise _usage_error(f"no figure {name} in {report}; {hint}There are {', '.join(known)}")
+    output = output or Path(f"figures-{style or 'own'}")
+    try:
+        for name in dict.fromkeys(names or known):
+            for path in redraw(known[name], output, width=style, kinds=formats or KINDS):
+                typer.echo(path)
+    except ValueError as error:
+        raise _usage_error(str(error)) from error
 
 
 @app.command()

@@ -156,7 +156,7 @@ def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypa
     assert "held-out crops of 64 px: 12.5%" in result.output
 
 
-@pytest.mark.parametrize("command", ["report", "costs", "train", "info"])
+@pytest.mark.parametrize("command", ["report", "figures", "costs", "train", "info"])
 def test_help_shows_what_the_command_does(command, run):
     result = run(command, "--help")
     assert result.exit_code == 0

@@ -53,7 +53,8 @@ def dask():
         "plain": {"cls": distributed.Nanny, "options": options},
         "gpu": {"cls": distributed.Nanny, "options": options | {"resources": {"GPU": 1}}},
     }
-    scheduler = {"cls": distributed.Scheduler, "options": {"dashboard": False}}
+    quiet = {"dashboard": False, "dashboard_address": ":0"}
+    scheduler = {"cls": distributed.Scheduler, "options": quiet}
     with distributed.SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as started:
         yield started
 

@@ -4,19 +4,17 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
+from test_draw_gradients import misplaced
 
 from gnetlab.draw import figures, plots, style
 
 STAGES = ["stem", "3a", "3b", "head"]
 
 
-@pytest.fixture
-def costs() -> pd.DataFrame:
+def make_costs() -> pd.DataFrame:
     rows = [
         (model, stage, branch, 10**6 * (i + 1), 10**5 * (i + 1))
         for model in ("ours", "theirs")
@@ -28,8 +26,7 @@ def costs() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "stage", "branch", "macs", "parameters"])
 
 
-@pytest.fixture
-def table() -> pd.DataFrame:
+def make_table() -> pd.DataFrame:
     return pd.DataFrame(
         {
             "stage": ["conv1", "3a", "5a"],
@@ -43,8 +40,7 @@ def table() -> pd.DataFrame:
     )
 
 
-@pytest.fixture
-def structure() -> pd.DataFrame:
+def make_structure() -> pd.DataFrame:
     rows = [
         (stage, branch, nonzero, 100)
         for stage in ("3a", "4a")
@@ -53,8 +49,7 @@ def structure() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "branch", "nonzero", "weights"])
 
 
-@pytest.fixture
-def speed() -> pd.DataFrame:
+def make_speed() -> pd.DataFrame:
     rows = [
         (form, stage, batch, zeros, sparsity, ratio)
         for stage in ("3a", "4a")
@@ -72,6 +67,105 @@ def speed() -> pd.DataFrame:
     ]
     columns = ["form", "stage", "batch_size", "zeros", "sparsity", "ratio"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def make_passes() -> pd.DataFrame:
+    rows = [
+        (variant, operation, seconds)
+        for variant, factor in (("as it is", 1.0), ("fused", 0.5))
+        for operation, seconds in (
+            ("conv2d", 0.01 * factor), ("max_pool2d", 0.02 * factor), ("relu_", 0.002),
+            ("batch_norm", 0.003), ("add", 0.005),
+        )
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "operation", "seconds"])
+
+
+costs, table, structure, speed, passes = (
+    pytest.fixture(make, name=make.__name__.removeprefix("make_"))
+    for make in (make_costs, make_table, make_structure, make_speed, make_passes)
+)
+
+EXPLAINED = pd.DataFrame(
+    [
+        ("fvcore", "multiply-adds", 100e6), ("fvcore", "batch norm, 2 per output", 3e6),
+        ("fvcore", "adaptive pooling, inputs", 1e6),
+        ("FlopCounterMode", "multiplications and additions", 200e6),
+    ],
+    columns=["tool", "term", "operations"],
+)  # fmt: skip
+WIDTHS = pd.DataFrame({"width": [0.5, 1, 2], "macs": [3e8, 1e9, 4e9],
+                       "exponent": [np.nan, 1.74, 2.0]})  # fmt: skip
+RESOLUTIONS = pd.DataFrame(
+    [(name, side, macs * side**2)
+     for name, macs in (("GoogLeNet", 1e4), ("VGG-16", 9e4), ("VGG-16, small", 9.01e4))
+     for side in (32, 224)],
+    columns=["network", "side", "macs"],
+)  # fmt: skip
+TIMES = pd.DataFrame({
+    "network": ["a", "a", "b"], "seconds": [1e-3, 2e-3, 4e-3],
+    **{f"{p}_seconds": [0, 1e-3, 8e-3] for p in ("macs", "roofline", "calibrated")},
+})  # fmt: skip
+AGREEMENT = pd.DataFrame({"predictor": ["macs", "roofline", "calibrated"],
+                          "spearman": [0.5, 0.75, 0.954]})  # fmt: skip
+IMPLEMENTATIONS = pd.DataFrame({"implementation": ["a", "b"], "side": [224, 32],
+                                "macs": [1e9, 2e9], "parameters": [6e6, 7e6]})  # fmt: skip
+ABLATION = pd.DataFrame(
+    [
+        (stage, branch, kind, -0.1 * (i + 1), -0.1 * (i + 1) - 0.05, -0.1 * (i + 1) + 0.05)
+        for kind in ("zero", "mean")
+        for stage in ("3a", "3b")
+        for i, branch in enumerate(("1x1", "pool"))
+    ],
+    columns=["stage", "branch", "kind", "change", "low", "high"],
+)
+FIELDS = pd.DataFrame({"stage": ["3a", "3b"] * 2, "branch": ["1x1"] * 2 + ["pool"] * 2,
+                       "theoretical": [27, 59, 43, 75], "ratio": [0.9, 0.8, 0.7, 0.6]})  # fmt: skip
+CORRELATIONS = pd.DataFrame({
+    "network": ["trained"] * 2 + ["random"] * 2, "stage": ["3a", "3b"] * 2,
+    "within": [0.4, 0.3, 0.2, 0.1], "between": [0.2, 0.2, 0.1, 0.1], "z": [9, 8, 1, 0],
+})  # fmt: skip
+CONDUCTANCE = pd.DataFrame(
+    [("3a", "1x1", 0.7, 0.9), ("3a", "pool", -0.3, 0.9), ("5b", "1x1", 1.0, 1.3)],
+    columns=["stage", "branch", "share", "completeness"],
+)
+IMAGE = np.zeros((16, 16, 3), np.uint8)
+BRANCHES = ("1x1", "3x3", "5x5", "pool")
+MAPS = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in BRANCHES}}
+BY_BRANCH = pd.DataFrame(
+    [("3a", b, 0.25, 1.0, 0.5, 0.25, 0.3) for b in BRANCHES],
+    columns=[
+        "stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "share", "rank_share",
+    ],
+)  # fmt: skip
+MODELS = pd.DataFrame({"model": ["a"], "top1": [60.0], "macs": [1e8], "parameters": [1e6]})
+LATENCY = pd.DataFrame({"model": ["m"], "batch_size": [1], "seconds": [0.01], "iqr": [0.0]})
+CASES = {
+    "cost": lambda: (make_costs(),),
+    "reduction": lambda: (
+        make_costs().rename(columns={"model": "variant"}).assign(out_channels=8, pool_share=0.2),
+    ),
+    "table_1": lambda: (make_table(),),
+    "counters": lambda: (EXPLAINED, 100_000_000),
+    "scaling": lambda: (WIDTHS, RESOLUTIONS),
+    "implementations": lambda: (IMPLEMENTATIONS,),
+    "time": lambda: (
+        make_passes().assign(quantity="time", amount=lambda f: f.seconds), make_passes(),
+    ),
+    "predictors": lambda: (TIMES, AGREEMENT),
+    "early": lambda: (pd.Series([1.9, 1.1], index=["memory", "time"]),),
+    "accuracy": lambda: (MODELS, {"a": "A"}),
+    "latency": lambda: (LATENCY, pd.Series({"macs": 2.0}), "ours"),
+    "maps": lambda: (IMAGE, MAPS),
+    "branch_statistics": lambda: (BY_BRANCH,),
+    "receptive": lambda: (FIELDS, 224),
+    "ablation": lambda: (ABLATION,),
+    "correlation": lambda: (CORRELATIONS,),
+    "attribution": lambda: (IMAGE, {"3a": {b: m[0] for b, m in MAPS["3a"].items()}}, BY_BRANCH),
+    "conductance": lambda: (CONDUCTANCE,),
+    "image_attribution": lambda: (IMAGE, {"occlusion": np.ones((16, 16))}),
+    "sparsity": lambda: (make_structure(), make_speed()),
+}  # fmt: skip
 
 
 def lightness(color: str) -> float:
@@ -176,9 +270,7 @@ def test_statistics_figure_names_the_control():
 
 
 def test_conductance_figure_shows_what_the_sum_leaves_out():
-    rows = [("3a", "1x1", 0.7, 0.9), ("3a", "pool", -0.3, 0.9), ("5b", "1x1", 1.0, 1.3)]
-    frame = pd.DataFrame(rows, columns=["stage", "branch", "share", "completeness"])
-    left, right = figures.conductance_figure(frame).axes
+    left, right = figures.conductance_figure(CONDUCTANCE).axes
     assert left.lines[1].get_ydata()[0] == -0.3
     assert right.lines[1].get_xdata().tolist() == [0.9, 1.3]
     low, high = right.get_xlim()
@@ -259,80 +351,22 @@ def test_sparsity_figure_has_a_panel_per_batch_size(structure, speed):
     assert one.get_ylim() == eight.get_ylim()
 
 
-def make(name: str, costs, table, structure, speed) -> Figure:
-    image = np.zeros((16, 16, 3), np.uint8)
-    branches = ["1x1", "3x3", "5x5", "pool"]
-    maps = {"3a": {b: np.random.default_rng(0).random((12, 4, 4)) for b in branches}}
-    by_branch = pd.DataFrame(
-        [("3a", b, 0.25, 1.0, 0.5, 0.25, 0.3) for b in branches],
-        columns=[
-            "stage", "branch", "energy_share", "energy_ratio", "zero_fraction", "share",
-            "rank_share",
-        ],
-    )  # fmt: skip
-    models = pd.DataFrame({"model": ["a"], "top1": [60.0], "macs": [1e8], "parameters": [1e6]})
-    modules = costs.rename(columns={"model": "variant"}).assign(out_channels=8, pool_share=0.2)
-    latency = pd.DataFrame({"model": ["m"], "batch_size": [1], "seconds": [0.01], "iqr": [0.0]})
-    note = "made in a test"
-    return {
-        "cost": lambda: figures.cost_figure(costs, note=note),
-        "reduction": lambda: figures.reduction_figure(modules, note=note),
-        "table_1": lambda: figures.table_1_figure(table, note=note),
-        "accuracy": lambda: figures.accuracy_figure(models, {"a": "A"}, note=note),
-        "latency": lambda: figures.latency_figure(
-            latency, pd.Series({"macs": 2.0}), "ours", note=note
-        ),
-        "maps": lambda: figures.maps_figure(image, maps, caption="cat", note=note),
-        "statistics": lambda: figures.branch_statistics_figure(by_branch, note=note),
-        "attribution": lambda: figures.attribution_figure(
-            image, {"3a": {b: m[0] for b, m in maps["3a"].items()}}, by_branch, note=note
-        ),
-        "sparsity": lambda: figures.sparsity_figure(structure, speed, note=note),
-    }[name]()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "cost", "reduction", "table_1", "accuracy", "latency", "maps", "statistics",
-        "attribution", "sparsity",
-    ],
-)  # fmt: skip
-def test_text_of_a_figure_lies_inside_it(name, costs, table, structure, speed):
-    with style.context():
-        figure = make(name, costs, table, structure, speed)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        box = figure.bbox.padded(1)
-        # Ticks beyond the limits of their axis, or of hidden axes, exist but are not drawn.
-        unseen = [
-            tick.label1
-            for ax in figure.axes
-            for axis in (ax.xaxis, ax.yaxis)
-            for tick in axis.get_major_ticks()
-            if not ax.axison
-            or not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-        ]
-        outside = []
-        for text in figure.findobj(Text):
-            extent = text.get_window_extent(renderer)
-            inside = box.contains(extent.x0, extent.y0) and box.contains(extent.x1, extent.y1)
-            if text.get_text() and text.get_visible() and not inside:
-                outside.append(text)
-    assert not [text.get_text() for text in outside if text not in unseen]
+@pytest.mark.parametrize("name", CASES)
+def test_text_of_a_figure_lies_inside_it(name):
+    figure = getattr(figures, f"{name}_figure")(*CASES[name](), note="made in a test")
+    assert misplaced(figure)[0] == []
     assert figure.get_supxlabel() == "made in a test"
     assert figure.get_figwidth() in style.WIDTHS.values()
     assert all(ax.has_data() or not ax.axison for ax in figure.axes)
 
 
-def test_save_writes_five_kinds_the_same_way_twice(costs, tmp_path):
+def test_save_writes_six_kinds_the_same_way_twice(costs, tmp_path):
     for folder in ("a", "b"):
         figures.save(
             figures.cost_figure(costs), "cost", costs,
             directory=tmp_path / folder, latex=True,
         )  # fmt: skip
-    names = {"cost.png", "cost.svg", "cost.pdf", "cost.csv", "cost.tex"}
+    names = {f"cost.{kind}" for kind in ("png", "svg", "pdf", "csv", "tex", "call.zip")}
     assert {p.name for p in (tmp_path / "a").iterdir()} == names
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
@@ -367,26 +401,16 @@ def test_stage_order_keeps_unknown_stages():
 
 
 def test_counters_stack_what_is_beside_the_multiply_adds():
-    explained = pd.DataFrame(
-        [
-            ("fvcore", "multiply-adds", 100e6), ("fvcore", "batch norm, 2 per output", 3e6),
-            ("fvcore", "adaptive pooling, inputs", 1e6),
-            ("FlopCounterMode", "multiplications and additions", 200e6),
-        ],
-        columns=["tool", "term", "operations"],
-    )  # fmt: skip
-    ax = plots.plot_counters(explained, 100_000_000)
+    ax = plots.plot_counters(EXPLAINED, 100_000_000)
     lengths = {c.get_label(): [bar.get_width() for bar in c] for c in ax.containers}
     assert lengths == {"batch norm": [3, 0], "pooling": [1, 0]}
     texts = [text.get_text() for text in ax.texts]
     assert texts == ["prints 104.0 M", "prints 200.0 M (2 x MACs)"]
-    assert figures.counters_figure(explained, 100_000_000).axes[0].get_legend() is not None
+    assert figures.counters_figure(EXPLAINED, 100_000_000).axes[0].get_legend() is not None
 
 
 def test_width_shows_the_exponents_beside_slopes_of_one_and_two():
-    widths = pd.DataFrame({"width": [0.5, 1, 2], "macs": [3e8, 1e9, 4e9],
-                           "exponent": [np.nan, 1.74, 2.0]})  # fmt: skip
-    ax = plots.plot_width(widths)
+    ax = plots.plot_width(WIDTHS)
     slope_1, slope_2, measured = (line.get_xydata() for line in ax.lines)
     assert slope_1.tolist() == [[0.5, 0.5], [2, 2]]
     assert slope_2.tolist() == [[0.5, 0.25], [2, 4]]
@@ -396,18 +420,13 @@ def test_width_shows_the_exponents_beside_slopes_of_one_and_two():
 
 
 def test_resolution_names_lines_at_their_ends_without_overlap():
-    rows = [(name, side, macs * side**2)
-            for name, macs in (("GoogLeNet", 1e4), ("VGG-16", 9e4), ("VGG-16, small", 9.01e4))
-            for side in (32, 224)]  # fmt: skip
-    costs = pd.DataFrame(rows, columns=["network", "side", "macs"])
-    ax = plots.plot_resolution(costs)
+    ax = plots.plot_resolution(RESOLUTIONS)
     assert [t.get_text() for t in ax.texts] == ["GoogLeNet", "VGG-16", "VGG-16, small"]
     heights = [np.log10(t.xy[1]) for t in ax.texts]
     assert heights[2] - heights[1] > 0.05
     assert ax.lines[0].get_ydata().tolist() == [1e4 * 32**2 / 1e9, 1e4 * 224**2 / 1e9]
     assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "--"]
-    widths = pd.DataFrame({"width": [1, 2], "macs": [1e9, 4e9], "exponent": [np.nan, 2.0]})
-    assert len(figures.scaling_figure(widths, costs).axes) == 2
+    assert len(figures.scaling_figure(WIDTHS, RESOLUTIONS).axes) == 2
 
 
 def test_accuracy_front_is_what_nothing_beats():
@@ -418,19 +437,6 @@ def test_accuracy_front_is_what_nothing_beats():
     front = ax.lines[0].get_xydata()
     assert front.tolist() == [[1, 60], [3, 70]]
     assert ax.lines[0].get_drawstyle() == "steps-post"
-
-
-@pytest.fixture
-def passes() -> pd.DataFrame:
-    rows = [
-        (variant, operation, seconds)
-        for variant, factor in (("as it is", 1.0), ("fused", 0.5))
-        for operation, seconds in (
-            ("conv2d", 0.01 * factor), ("max_pool2d", 0.02 * factor), ("relu_", 0.002),
-            ("batch_norm", 0.003), ("add", 0.005),
-        )
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["variant", "operation", "seconds"])
 
 
 def test_operations_are_stacked_by_kind(passes):
@@ -455,25 +461,17 @@ def test_time_figure_has_shares_and_variants(passes):
 
 
 def test_predictions_stand_against_what_was_measured():
-    times = pd.DataFrame({
-        "network": ["a", "a", "b"], "seconds": [1e-3, 2e-3, 4e-3],
-        **{f"{p}_seconds": [0, 1e-3, 8e-3] for p in ("macs", "roofline", "calibrated")},
-    })  # fmt: skip
-    ax = plots.plot_prediction(times, "macs")
+    ax = plots.plot_prediction(TIMES, "macs")
     points = [c.get_offsets().tolist() for c in ax.collections]
     assert points == [[[1, 0.5], [2, 1]], [[4, 8]]]  # no predicted time: at the lower edge
     assert [c.get_label() for c in ax.collections] == ["a", "b"]
-    agreement = pd.DataFrame({"predictor": ["macs", "roofline", "calibrated"],
-                              "spearman": [0.5, 0.75, 0.954]})  # fmt: skip
-    titles = [ax.get_title("left") for ax in figures.predictors_figure(times, agreement).axes]
+    titles = [ax.get_title("left") for ax in figures.predictors_figure(TIMES, AGREEMENT).axes]
     assert titles[0] == "Multiply-adds only: rank corr. 0.50"
     assert titles[2] == "Calibrated: rank corr. 0.95"
 
 
 def test_implementations_show_both_costs():
-    table = pd.DataFrame({"implementation": ["a", "b"], "side": [224, 32], "macs": [1e9, 2e9],
-                          "parameters": [6e6, 7e6]})  # fmt: skip
-    left, right = figures.implementations_figure(table).axes
+    left, right = figures.implementations_figure(IMPLEMENTATIONS).axes
     assert [bar.get_width() for bar in left.containers[0]] == [1000, 2000]
     assert [bar.get_width() for bar in right.containers[0]] == [6, 7]
     assert [t.get_text() for t in left.get_yticklabels()] == ["a (224 px)", "b (32 px)"]
@@ -491,14 +489,7 @@ def test_small_ratios_stand_on_a_linear_axis(values, scale):
 
 
 def test_ablation_shows_changes_with_their_intervals():
-    rows = [
-        (stage, branch, kind, -0.1 * (i + 1), -0.1 * (i + 1) - 0.05, -0.1 * (i + 1) + 0.05)
-        for kind in ("zero", "mean")
-        for stage in ("3a", "3b")
-        for i, branch in enumerate(("1x1", "pool"))
-    ]
-    frame = pd.DataFrame(rows, columns=["stage", "branch", "kind", "change", "low", "high"])
-    left, right = figures.ablation_figure(frame).axes
+    left, right = figures.ablation_figure(ABLATION).axes
     assert [left.get_title("left"), right.get_title("left")] == [
         "Branch puts out zeros", "Branch puts out its mean",
     ]  # fmt: skip
@@ -511,20 +502,14 @@ def test_ablation_shows_changes_with_their_intervals():
 
 
 def test_receptive_figure_draws_the_image_across():
-    frame = pd.DataFrame({"stage": ["3a", "3b"] * 2, "branch": ["1x1"] * 2 + ["pool"] * 2})
-    frame = frame.assign(theoretical=[27, 59, 43, 75], ratio=[0.9, 0.8, 0.7, 0.6])
-    left, right = figures.receptive_figure(frame, 224).axes
+    left, right = figures.receptive_figure(FIELDS, 224).axes
     assert [line.get_ydata().tolist() for line in left.lines[:2]] == [[27, 59], [43, 75]]
     assert left.lines[2].get_ydata() == [224, 224]
     assert [line.get_ydata().tolist() for line in right.lines] == [[0.9, 0.8], [0.7, 0.6]]
 
 
 def test_correlations_of_two_networks_stand_side_by_side():
-    frame = pd.DataFrame({
-        "network": ["trained"] * 2 + ["random"] * 2, "stage": ["3a", "3b"] * 2,
-        "within": [0.4, 0.3, 0.2, 0.1], "between": [0.2, 0.2, 0.1, 0.1], "z": [9, 8, 1, 0],
-    })  # fmt: skip
-    left, right = figures.correlation_figure(frame).axes
+    left, right = figures.correlation_figure(CORRELATIONS).axes
     lines = {line.get_label(): line.get_ydata().tolist() for line in left.lines}
     assert lines == {
         "trained, within": [0.4, 0.3], "trained, between": [0.2, 0.2],

@@ -150,7 +150,7 @@ def figure_of(case, note=""):
 
 
 def drawn_texts(figure):
-    """Text and box of whatever is visible; ticks beyond the limits of their axis are not."""
+    """Text and box of whatever is visible; ticks of hidden axes or beyond their limits are not."""
     with style.context():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -159,7 +159,8 @@ def drawn_texts(figure):
         for ax in figure.axes
         for axis in (ax.xaxis, ax.yaxis)
         for tick in axis.get_major_ticks() + axis.get_minor_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        if not ax.axison
+        or not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
     ]
     texts = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible())
     return [
@@ -176,16 +177,22 @@ def is_filled(ax):
     return any(np.isfinite(np.asarray(values, float)).any() for values in lines + points)
 
 
-def check(figure):
+def misplaced(figure):
+    """Texts that are not wholly inside the figure, and pairs of straight texts that overlap."""
     drawn, box = drawn_texts(figure), figure.bbox.padded(1)
-    assert [text.get_text() for text, e in drawn if not box.contains(e.x0, e.y0)
-            or not box.contains(e.x1, e.y1)] == []  # fmt: skip
+    outside = [text.get_text() for text, e in drawn
+               if not box.contains(e.x0, e.y0) or not box.contains(e.x1, e.y1)]  # fmt: skip
     straight = [(text.get_text(), e) for text, e in drawn if text.get_rotation() in (0, 90)]
-    assert [
+    overlapping = [
         (one, two)
         for (one, a), (two, b) in itertools.combinations(straight, 2)
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 0.5 and min(a.y1, b.y1) - max(a.y0, b.y0) > 0.5
-    ] == []
+    ]
+    return outside, overlapping
+
+
+def check(figure):
+    assert misplaced(figure) == ([], [])
     assert all(map(is_filled, figure.axes))
     assert figure.get_figwidth() in style.WIDTHS.values()
     assert figure.get_supxlabel() == "3 seeds"
@@ -452,3 +459,14 @@ def test_labels_of_lines_that_end_together_stand_apart():
     sides = [text.get_va() for text in gradients.depth_figure(near).axes[0].texts]
     assert sides == ["top", "bottom"]
     check(gradients.depth_figure(near, note="3 seeds"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("case", ["gradient_two", "shares", "pitfall", "training", "gap", "depth"])
+def test_panels_of_diverged_networks_say_that_there_is_nothing(case, bad):
+    given = [a.assign(**dict.fromkeys(a.select_dtypes("float"), bad))
+             if isinstance(a, pd.DataFrame) else a for a in CASES[case]()]  # fmt: skip
+    figure = getattr(gradients, f"{case.split('_')[0]}_figure")(*given)
+    assert misplaced(figure) == ([], [])
+    assert all("no finite values" in texts(ax) for ax in figure.axes)
+    assert not any("no finite values" in texts(ax) for ax in figure_of(case).axes)

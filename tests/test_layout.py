@@ -12,7 +12,7 @@ ROOMS = {
     "measure": {"net"},
     "draw": set(),
     "report": set(),
-    "cli": {"report", "measure", "net"},
+    "cli": {"report", "measure", "draw", "net"},
     "explorer": {"measure", "draw", "net"},
 }
 FORBIDDEN = {

@@ -8,15 +8,14 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
+from test_draw_gradients import misplaced
 
 from gnetlab.draw import style, units
 
 BRANCHES, STAGES = ("1x1", "3x3", "5x5", "pool"), ("3a", "3b", "4a")
 
 
-@pytest.fixture
-def selectivity():
+def make_selectivity():
     random = np.random.default_rng(0)
     keys = [key for key in itertools.product(STAGES, BRANCHES) for _ in range(12)]
     frame = pd.DataFrame(keys, columns=["stage", "branch"])
@@ -26,16 +25,14 @@ def selectivity():
     return frame
 
 
-@pytest.fixture
-def verdicts():
+def make_verdicts():
     rows = itertools.product(STAGES, units.LABELS)
     return pd.DataFrame(rows, columns=["stage", "property"]).assign(
         p_adjusted=[0.5, 0.2, 0.04, 0.01, 0.3, 0.051, 0.01, 1.0, 0.02]
     )
 
 
-@pytest.fixture
-def confound():
+def make_confound():
     rows = [
         (kernel, layout, seed, trained, name, 0.1 * i + 0.01 * seed)
         for i, (kernel, layout, trained, name) in enumerate(
@@ -50,8 +47,7 @@ def confound():
     )
 
 
-@pytest.fixture
-def effects():
+def make_effects():
     contrasts = [
         ("kernel", "5x5 - 3x3", "paper widths"),
         ("kernel", "3x3+3x3 - 3x3", "equal widths"),
@@ -68,8 +64,7 @@ def effects():
     return frame.assign(low=frame.low.where(frame.high.notna()))
 
 
-@pytest.fixture
-def counts():
+def make_counts():
     rows = [
         ("3a", "curves", "3x3", 11, 11, 128, 256, 4e-4),
         ("4a", "shapes", "5x5", 3, 4, 48, 508, 0.1),
@@ -80,22 +75,21 @@ def counts():
     )  # fmt: skip
 
 
-def overlapping(figure):
-    """Pairs of texts whose boxes overlap, as drawn."""
-    canvas = FigureCanvasAgg(figure)
-    with style.context():
-        canvas.draw()
-    boxes = [
-        (text.get_text(), text.get_window_extent(canvas.get_renderer()))
-        for text in figure.findobj(lambda a: isinstance(a, Text) and a.get_visible())
-        if text.get_text().strip()
-    ]
-    return [
-        (a, b)
-        for (a, one), (b, two) in itertools.combinations(boxes, 2)
-        if a != b and min(one.x1, two.x1) - max(one.x0, two.x0) > 0.5
-        and min(one.y1, two.y1) - max(one.y0, two.y0) > 0.5
-    ]  # fmt: skip
+selectivity, verdicts, confound, effects, counts = (
+    pytest.fixture(make, name=make.__name__.removeprefix("make_"))
+    for make in (make_selectivity, make_verdicts, make_confound, make_effects, make_counts)
+)
+EXCITING = pd.DataFrame({
+    "module": ["inception3a.branch1x1"] * 3 + ["inception3a.branch5x5"] * 2,
+    "branch": ["1x1"] * 3 + ["5x5"] * 2, "channel": [7, 8, 9, 0, 31],
+})  # fmt: skip
+IMAGES = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 4, 4, 3), np.uint8)
+CASES = {
+    "selectivity": lambda: (make_selectivity(), make_verdicts()),
+    "confound": lambda: (make_confound(), make_effects()),
+    "counts": lambda: (make_counts(),),
+    "visualized": lambda: (IMAGES, EXCITING),
+}
 
 
 def test_means_are_drawn_in_the_branches_colours_with_na_left_out(selectivity, verdicts):
@@ -164,29 +158,18 @@ def test_counts_show_share_and_chance(counts):
     assert "3 of 4 in 5x5, p = 1.0e-01" in [text.get_text() for text in ax.texts]
 
 
-def test_figures_have_no_overlapping_text_and_no_empty_panel(
-    selectivity, verdicts, confound, effects, counts
-):
-    made = {
-        "selectivity": units.selectivity_figure(selectivity, verdicts, note="random weights"),
-        "confound": units.confound_figure(confound, effects, note="3 seeds"),
-        "counts": units.counts_figure(counts, note="labels"),
-    }
-    for name, figure in made.items():
-        assert overlapping(figure) == [], name
-        assert all(ax.has_data() for ax in figure.axes), name
-        assert figure.get_figwidth() == style.WIDTHS["page"]
-        assert len(figure.get_label()) > 40
-    assert made["confound"].get_label().endswith("3 seeds")
+@pytest.mark.parametrize("name", CASES)
+def test_figures_have_no_overlapping_text_and_no_empty_panel(name):
+    figure = getattr(units, f"{name}_figure")(*CASES[name](), note="3 seeds")
+    assert misplaced(figure) == ([], [])
+    assert all(ax.has_data() for ax in figure.axes)
+    assert figure.get_figwidth() == style.WIDTHS["page"]
+    assert len(figure.get_label()) > 40
+    assert figure.get_label().endswith("3 seeds")
 
 
 def test_visualized_figure_puts_every_image_under_its_number():
-    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 4, 4, 3), np.uint8)
-    modules = ["inception3a.branch1x1"] * 3 + ["inception3a.branch5x5"] * 2
-    frame = pd.DataFrame(
-        {"module": modules, "branch": ["1x1"] * 3 + ["5x5"] * 2, "channel": [7, 8, 9, 0, 31]}
-    )
-    figure = units.visualized_figure(images, frame, columns=2)
+    figure = units.visualized_figure(IMAGES, EXCITING, columns=2)
     shown = {}
     for part in figure.subfigs:
         title = part.get_suptitle()
@@ -194,9 +177,9 @@ def test_visualized_figure_puts_every_image_under_its_number():
             number = ax.get_title() or ax.get_title(loc="left")
             colour = to_hex(ax.spines["top"].get_edgecolor())
             shown[title, number] = (ax.images[0].get_array()[0, 0, 0], colour)
-    colours = [to_hex(style.BRANCH_COLORS[branch]) for branch in frame.branch]
-    numbers = frame.channel.astype(str)
-    assert shown == dict(zip(zip(modules, numbers, strict=True),
+    colours = [to_hex(style.BRANCH_COLORS[branch]) for branch in EXCITING.branch]
+    numbers = EXCITING.channel.astype(str)
+    assert shown == dict(zip(zip(EXCITING.module, numbers, strict=True),
                              zip(range(5), colours, strict=True), strict=True))  # fmt: skip
 
 

@@ -2,12 +2,17 @@
 
 A figure function sets panels, titles, legends and shared scales; what is inside a panel is in
 `plots`. `note` is the footer in small type: weights, device, seed.
+
+Figures are designed for a page's width or for a column's. Within `style.width("column")`, panels
+that stand side by side are stacked instead, and legends, names and footers are broken into lines.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
 
@@ -16,28 +21,93 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gnetlab.draw import plots, style
+from gnetlab.draw import calls, plots, style
+
+KINDS = ("png", "svg", "pdf")
 
 
 def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Give a figure function gnetlab's look, the footer `note`, and its summary as alt text."""
+    """Give a figure function gnetlab's look, the footer `note`, and its summary as alt text.
+
+    The figure remembers what it was made of, so that `save()` can keep that beside it.
+    """
 
     @wraps(make)
     def styled(*args, note: str = "", **options) -> Figure:
         with style.context():
+            given = copy.deepcopy((args, options | ({"note": note} if note else {})))
             figure = make(*args, **options)
             figure.set_label(f"{(make.__doc__ or '').splitlines()[0]} {note}".strip())
+            _finish(figure)
             if note:
-                figure.supxlabel(note, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
+                footer = textwrap.fill(note, 76) if style.is_narrow(figure) else note
+                figure.supxlabel(footer, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
+            figure.call = calls.Call(styled, *given)
+            if style.asked():  # for which the figure was not designed: one layout may not do
+                figure.draw_without_rendering()
             return figure
 
+    styled.is_figure_function = True
     return styled
 
 
 def _figure(width: str, height: float) -> Figure:
-    figure = Figure((style.WIDTHS[width], height), layout="constrained")
+    figure = Figure((style.WIDTHS[style.asked() or width], height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
     return figure
+
+
+_TURNED = {"row": "col", "col": "row"}
+
+
+def _panels(
+    figure: Figure, rows: int, columns: int, *, across: int = 1, height_ratios=None, **options
+) -> np.ndarray:
+    """`rows` x `columns` axes; in a narrow figure they stand column by column, `across` in a line.
+
+    What is given for rows and columns (which share, how high) is meant as in the wide figure.
+    """
+    if not style.is_narrow(figure) or columns == 1:
+        return figure.subplots(rows, columns, squeeze=False, height_ratios=height_ratios, **options)
+    options.pop("width_ratios", None)
+    for which in ("sharex", "sharey"):
+        options[which] = _TURNED.get(options.get(which), options.get(which, False))
+    lines = -(-rows * columns // across)
+    figure.set_figheight(0.85 * figure.get_figheight() * lines / rows)
+    ratios = list(height_ratios) * columns if height_ratios and across == 1 else None
+    placed = figure.subplots(lines, across, squeeze=False, height_ratios=ratios, **options)
+    for ax in placed.flat[rows * columns :]:
+        ax.remove()
+    return placed.flat[: rows * columns].reshape(columns, rows).T
+
+
+def _outer_legend(
+    figure: Figure, handles: Iterable, labels: Iterable[str], side: str = "upper center", **options
+) -> None:
+    """A legend above the panels; in a narrow figure with as many columns as fit."""
+    labels = list(labels)
+    if style.is_narrow(figure):
+        labels, side = [textwrap.fill(label, 50) for label in labels], "upper center"
+        longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+        fitting = int(3.4 / (0.47 + 0.05 * longest))  # inches: the handle and its gaps, letters
+        options["ncols"] = max(1, min(fitting, options.get("ncols", 1)))
+    figure.legend(handles, labels, loc=f"outside {side}", **options)
+
+
+def _finish(figure: Figure) -> None:
+    """Say so where a panel has nothing to show; give stacked panels the label of a shared scale."""
+    for ax in figure.axes:
+        if ax.axison and not np.isfinite(ax.dataLim.get_points()).all():
+            ax.text(0.5, 0.5, "no finite values", transform=ax.transAxes, ha="center",
+                    va="center", color=style.QUIET,
+                    bbox={"facecolor": "white", "linewidth": 0, "pad": 1})  # fmt: skip
+        if not style.is_narrow(figure):
+            continue
+        if not ax.xaxis.get_tick_params().get("labelbottom", True):
+            ax.set_xlabel("")
+        if ax.yaxis.get_tick_params().get("labelleft", True) and not ax.get_ylabel():
+            same = ax.get_shared_y_axes().get_siblings(ax)
+            ax.set_ylabel(next(filter(None, (other.get_ylabel() for other in same)), ""))
 
 
 @_styled
@@ -48,16 +118,21 @@ def cost_figure(costs: pd.DataFrame) -> Figure:
     """
     models = list(dict.fromkeys(costs.model))
     figure = _figure("page", 4.6)
-    axes = figure.subplots(2, len(models) + 1, squeeze=False)
+    axes = _panels(figure, 2, len(models) + 1, across=2)
     for row, value in zip(axes, ("macs", "parameters"), strict=True):
         whole = costs.assign(stage=costs.model)
         plots.plot_stage_costs(whole, value, ax=row[0]).set_title("On one scale")
         for ax, model in zip(row[1:], models, strict=True):
             of_model = costs[costs.model == model]
             plots.plot_stage_costs(of_model, value, ax=ax).set_title(f"{model}, own scale")
+    if style.is_narrow(figure):
+        for ax in axes.flat:
+            ax.set_title(ax.get_title("left").replace(", own scale", ""))
+            ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
     handles, labels = axes[0, 1].get_legend_handles_labels()
-    figure.legend(handles, [f"{label} branch".replace("no branch branch", "outside the modules")
-                            for label in labels], loc="outside upper center", ncols=5)  # fmt: skip
+    labels = [f"{label} branch".replace("no branch branch", "outside the modules")
+              for label in labels]  # fmt: skip
+    _outer_legend(figure, handles, labels, ncols=5)
     return figure
 
 
@@ -69,7 +144,7 @@ def reduction_figure(modules: pd.DataFrame) -> Figure:
     channels that come from the pool branch).
     """
     figure = _figure("page", 3.0)
-    left, middle, right = figure.subplots(1, 3, sharey=True)
+    left, middle, right = _panels(figure, 1, 3, sharey=True)[0]
     plots.plot_grouped(modules, "macs", "variant", scale=1e6, ax=left,
                        label="multiply-adds (millions)")  # fmt: skip
     left.legend(loc="upper right")
@@ -89,7 +164,7 @@ def table_1_figure(table: pd.DataFrame) -> Figure:
     Columns: those of `gnetlab.measure.costs.table_1`.
     """
     figure = _figure("page", 3.0)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = _panels(figure, 1, 2, sharey=True)[0]
     plots.plot_table_1(table, "ops", ax=left).set_title("Multiply-adds")
     plots.plot_table_1(table, "params", ax=right).set_title("Parameters")
     left.set_ylabel("row of Table 1")
@@ -105,7 +180,10 @@ def counters_figure(explained: pd.DataFrame, macs: int) -> Figure:
     """
     figure = _figure("page", 2.4)
     ax = plots.plot_counters(explained, macs, ax=figure.subplots())
-    ax.legend(loc="center right", title="terms", title_fontsize=7)
+    if style.is_narrow(figure):
+        _outer_legend(figure, *ax.get_legend_handles_labels(), ncols=4)
+    else:
+        ax.legend(loc="center right", title="terms", title_fontsize=7)
     return figure
 
 
@@ -116,7 +194,7 @@ def scaling_figure(widths: pd.DataFrame, resolutions: pd.DataFrame) -> Figure:
     Columns: those of `plots.plot_width` and of `plots.plot_resolution`.
     """
     figure = _figure("page", 3.0)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.1])
+    left, right = _panels(figure, 1, 2, width_ratios=[1, 1.1])[0]
     plots.plot_width(widths, ax=left).set_title("Wider, at 224 x 224")
     plots.plot_resolution(resolutions, ax=right).set_title("Other image sizes")
     return figure
@@ -129,8 +207,11 @@ def implementations_figure(table: pd.DataFrame) -> Figure:
     Columns: `implementation`, `side` (pixels), `macs`, `parameters`.
     """
     figure = _figure("page", 2.6)
-    left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row.implementation} ({row.side} px)" for row in table.itertuples()]
+    if style.is_narrow(figure):
+        names = [textwrap.fill(name.replace(" px", "\N{NO-BREAK SPACE}px"), 26) for name in names]
+        figure.set_figheight(3.4)
+    left, right = _panels(figure, 1, 2, sharey=True)[0]
     for ax, value in ((left, "macs"), (right, "parameters")):
         scale, label = plots.AXIS_UNITS[value]
         bars = ax.barh(names, table[value] / scale, color=style.SERIES[0], height=0.6)
@@ -138,6 +219,7 @@ def implementations_figure(table: pd.DataFrame) -> Figure:
         ax.set(xscale="log", xlabel=label, xlim=(table[value].min() / scale / 2,
                                                  table[value].max() / scale * 4))  # fmt: skip
         ax.xaxis.set_major_formatter(plots.FuncFormatter(plots.plain_number))
+        ax.xaxis.set_minor_formatter(plots.NullFormatter())
     left.set_ylim(len(table) - 0.4, -0.6)
     return figure
 
@@ -150,14 +232,14 @@ def time_figure(shares: pd.DataFrame, variants: pd.DataFrame) -> Figure:
     `variants` has `variant` and `seconds`.
     """
     figure = _figure("page", 2.4)
-    left, right = figure.subplots(1, 2)
+    left, right = _panels(figure, 1, 2)[0]
     plots.plot_operations(shares, "amount", "quantity", percent=True, ax=left)
     left.set(title="Shares of one pass", xlabel="percent", xlim=(0, 100))
     milliseconds = variants.assign(milliseconds=1000 * variants.seconds)
     plots.plot_operations(milliseconds, "milliseconds", "variant", ax=right)
     right.set(title="Time of one pass", xlabel="sum of the layers (ms)")
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    _outer_legend(figure, handles, labels, ncols=len(labels))
     return figure
 
 
@@ -168,7 +250,7 @@ def predictors_figure(times: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
     Columns: those of `plots.plot_prediction`; `agreement` has `predictor`, `spearman`.
     """
     figure = _figure("page", 2.7)
-    axes = figure.subplots(1, len(agreement), sharex=True, sharey=True)
+    axes = _panels(figure, 1, len(agreement), sharex=True, sharey=True)[0]
     titles = {"macs": "Multiply-adds only", "roofline": "Roofline", "calibrated": "Calibrated"}
     for ax, row in zip(axes, agreement.itertuples(), strict=True):
         plots.plot_prediction(times, row.predictor, ax=ax)
@@ -194,7 +276,7 @@ def accuracy_figure(models: pd.DataFrame, highlight: Mapping[str, str]) -> Figur
     Columns: `model`, `top1`, `macs`, `parameters`; `highlight` maps model to its label.
     """
     figure = _figure("page", 3.0)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = _panels(figure, 1, 2, sharey=True)[0]
     plots.plot_accuracy(models, dict(highlight), x="macs", ax=left)
     plots.plot_accuracy(models, dict(highlight), x="parameters", ax=right).set_ylabel("")
     return figure
@@ -204,7 +286,7 @@ def accuracy_figure(models: pd.DataFrame, highlight: Mapping[str, str]) -> Figur
 def latency_figure(latency: pd.DataFrame, ratios: pd.Series, title: str) -> Figure:
     """Measured time per image, and the networks' ratio in every currency side by side."""
     figure = _figure("page", 2.6)
-    left, right = figure.subplots(1, 2)
+    left, right = _panels(figure, 1, 2)[0]
     plots.plot_latency(latency, ax=left).set_title("Measured time")
     left.legend(loc="best")
     plots.plot_ratios(ratios, ax=right).set_title(title)
@@ -227,15 +309,20 @@ def maps_figure(
     """
     branches = list(next(iter(maps.values())))
     figure = _figure("page", 0.72 * len(maps) + 1.2)
+    if narrow := style.is_narrow(figure):
+        figure.set_figheight(0.36 * len(maps) + 1.2)
+        caption = textwrap.fill(caption, 44)
     axes = figure.subplots(
         len(maps) + 1, len(branches) + 1, squeeze=False,
-        width_ratios=[0.36, *[1] * len(branches)], height_ratios=[1.1, *[1] * len(maps)],
+        width_ratios=[0.7 if narrow else 0.36, *[1] * len(branches)],
+        height_ratios=[2.2 if narrow else 1.1, *[1] * len(maps)],
     )  # fmt: skip
     for ax in axes[:, 0]:
         ax.set_axis_off()
     for ax, branch in zip(axes[0, 1:], branches, strict=True):
         ax.set_axis_off()
-        ax.text(0, 0, f"{branch} branch", transform=ax.transAxes, fontweight="bold", fontsize=8.5)
+        ax.text(0, 0, branch if narrow else f"{branch} branch", transform=ax.transAxes,
+                fontweight="bold", fontsize=8.5)  # fmt: skip
     axes[0, 0].imshow(image)
     beside = axes[0, 1].text(0, 0.9, caption, transform=axes[0, 1].transAxes, va="top")
     beside.set_in_layout(False)  # it runs on over the empty cells to its right
@@ -256,7 +343,7 @@ def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
     `network` where there is a control: what comes first is drawn in full.
     """
     figure = _figure("page", 4.6)
-    axes = figure.subplots(2, 2, sharex=True)
+    axes = _panels(figure, 2, 2, sharex=True)
     panels = {
         "energy_share": ("Share of the energy", "fraction of the module"),
         "energy_ratio": ("Energy per channel", "energy share / channel share"),
@@ -278,7 +365,7 @@ def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
     if len(networks) > 1:
         handles.append(Line2D([], [], color=style.QUIET, linewidth=0.9, linestyle=(0, (3, 2))))
         labels.append(list(networks)[1])
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    _outer_legend(figure, handles, labels, ncols=len(labels))
     return figure
 
 
@@ -290,7 +377,7 @@ def receptive_figure(fields: pd.DataFrame, side: int) -> Figure:
     of the image in pixels is drawn across.
     """
     figure = _figure("page", 2.6)
-    left, right = figure.subplots(1, 2)
+    left, right = _panels(figure, 1, 2)[0]
     plots.plot_by_depth(fields, "theoretical", ax=left)
     left.lines[-1].set_linestyle((0, (3, 3)))  # the pool's field is the 3x3's, which shows through
     left.axhline(side, color=style.QUIET, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
@@ -312,14 +399,13 @@ def ablation_figure(ablation: pd.DataFrame) -> Figure:
     """
     kinds = list(dict.fromkeys(ablation.kind))
     figure = _figure("page", 2.7)
-    axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    axes = _panels(figure, 1, len(kinds), sharey=True)[0]
     titles = {"zero": "Branch puts out zeros", "mean": "Branch puts out its mean"}
     for ax, kind in zip(axes, kinds, strict=True):
         plots.plot_ablation(ablation[ablation.kind == kind], ax=ax).set_title(titles[kind])
     axes[0].set_ylabel("change of accuracy (points)")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, [f"{label} branch" for label in labels], loc="outside upper center",
-                  ncols=len(labels))  # fmt: skip
+    _outer_legend(figure, handles, [f"{label} branch" for label in labels], ncols=len(labels))
     return figure
 
 
@@ -330,7 +416,7 @@ def correlation_figure(correlations: pd.DataFrame) -> Figure:
     Columns: `network` (the first is drawn in colour), `stage`, `within`, `between`, `z`.
     """
     figure = _figure("page", 2.6)
-    left, right = figure.subplots(1, 2)
+    left, right = _panels(figure, 1, 2)[0]
     for i, (network, rows) in enumerate(correlations.groupby("network", sort=False)):
         color = (style.EMPHASIS, style.QUIET)[min(i, 1)]
         for value, line in (("within", "-"), ("between", (0, (3, 2)))):
@@ -343,7 +429,10 @@ def correlation_figure(correlations: pd.DataFrame) -> Figure:
     right.set(title="Against permuted branches", ylabel="difference (standard deviations)",
               xlabel="Inception module")  # fmt: skip
     left.set_ylim(bottom=0)
-    left.legend(loc="best", ncols=2)
+    if style.is_narrow(figure):
+        _outer_legend(figure, *left.get_legend_handles_labels(), ncols=2)
+    else:
+        left.legend(loc="best", ncols=2)
     right.legend(loc="best")
     return figure
 
@@ -359,16 +448,19 @@ def attribution_figure(
     """
     branches = list(next(iter(maps.values())))
     figure = _figure("page", 1.55 * len(maps) + 0.5)
+    if narrow := style.is_narrow(figure):
+        figure.set_figheight(0.95 * len(maps) + 0.3)
     axes = figure.subplots(len(maps), len(branches) + 1, squeeze=False)
     share = shares.set_index(["stage", "branch"]).share
     for row, (stage, by_branch) in zip(axes, maps.items(), strict=True):
         row[0].imshow(image)
         row[0].set_axis_off()
-        row[0].set_title(f"module {stage}")
+        row[0].set_title(f"module {stage}", fontsize=7 if narrow else 8.5)
         limit = max(np.abs(values).max() for values in by_branch.values())
         for ax, branch in zip(row[1:], branches, strict=True):
             plots.plot_overlay(image, by_branch[branch], limit=limit, ax=ax)
-            ax.set_title(f"{branch}: {100 * share[stage, branch]:+.0f}%")
+            ax.set_title(f"{branch}: {100 * share[stage, branch]:+.0f}%",
+                         fontsize=7 if narrow else 8.5)  # fmt: skip
     return figure
 
 
@@ -379,10 +471,11 @@ def conductance_figure(shares: pd.DataFrame) -> Figure:
     Columns: `stage`, `branch`, `share` (signed fraction of the module), `completeness`.
     """
     figure = _figure("page", 2.5)
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    left, right = _panels(figure, 1, 2, width_ratios=(2, 1))[0]
     plots.plot_by_depth(shares, "share", ax=left)
     left.axhline(0, color=style.QUIET, linewidth=0.6, zorder=0)
-    left.set(title="Passed on", ylabel="conductance (signed share)")
+    gap = "\n" if style.is_narrow(figure) else " "
+    left.set(title="Passed on", ylabel=f"conductance{gap}(signed share)")
     left.legend(title="branch", title_fontsize=7, ncols=4, loc="upper center",
                 bbox_to_anchor=(0.5, -0.24))  # fmt: skip
     whole = shares.groupby("stage", sort=False).completeness.first()
@@ -402,13 +495,16 @@ def image_attribution_figure(image: np.ndarray, maps: Mapping[str, np.ndarray]) 
     `image` H x W x 3 uint8; `maps` name of the method -> H x W.
     """
     figure = _figure("page", 2.5)
+    if narrow := style.is_narrow(figure):
+        figure.set_figheight(1.5)
     first, *others = figure.subplots(1, len(maps) + 1)
     first.imshow(image)
     first.set_axis_off()
     first.set_title("image")
     for ax, (method, values) in zip(others, maps.items(), strict=True):
         limit = np.percentile(np.abs(values), 99.5)  # single pixels would set the scale
-        plots.plot_overlay(image, values, limit=limit, ax=ax).set_title(method)
+        plots.plot_overlay(image, values, limit=limit, ax=ax)
+        ax.set_title(textwrap.fill(method, 36 // (len(maps) + 1)) if narrow else method)
     return figure
 
 
@@ -421,17 +517,23 @@ def sparsity_figure(structure: pd.DataFrame, speed: pd.DataFrame) -> Figure:
     """
     batches = list(dict.fromkeys(speed.batch_size))
     figure = _figure("page", 3.6)
-    left = figure.add_subplot(1, len(batches) + 1, 1)
+    grid = (1, len(batches) + 1)
+    if narrow := style.is_narrow(figure):
+        grid = grid[::-1]
+        figure.set_figheight(2.2 * grid[0] + 1.4)
+    left = figure.add_subplot(*grid, 1)
     plots.plot_zero_share(structure, ax=left).set(title="Zeros", ylabel="Inception module")
     first = None
     for i, batch in enumerate(batches):
-        ax = first = figure.add_subplot(1, len(batches) + 1, i + 2, sharey=first)
+        ax = first = figure.add_subplot(*grid, i + 2, sharey=first)
         plots.plot_sparse_speed(speed[speed.batch_size == batch], ax=ax)
         ax.set_title(f"Time, batch {batch}")
     for panel, side, columns in ((left, "left", 2), (ax, "right", 3)):
-        handles, labels = panel.get_legend_handles_labels()
-        figure.legend(handles, labels, loc=f"outside upper {side}", ncols=columns,
-                      columnspacing=1.2, handlelength=1.8)  # fmt: skip
+        if narrow and panel is ax:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25))
+        else:
+            _outer_legend(figure, *panel.get_legend_handles_labels(), f"upper {side}",
+                          ncols=columns, columnspacing=1.2, handlelength=1.8)  # fmt: skip
     return figure
 
 
@@ -456,25 +558,59 @@ def save(
     *,
     directory: str | Path = ".",
     latex: bool = False,
+    timing: bool = False,
 ) -> SavedFigure:
     """Write a figure as PNG, SVG and PDF, with the data behind it as CSV (and a LaTeX table).
 
     `name` is the files' stem (letters, digits, - and _). The figure's label, which the functions
-    here set to a sentence, becomes its description for readers who cannot see it. The same figure
-    and frame give the same bytes. Files go to `directory`, which is made if needed.
+    here set to a sentence, becomes its description for readers who cannot see it. What they were
+    given is kept as NAME.call.zip, from which `gnetlab figures` draws the figure again. `timing`
+    marks, in the PNG's metadata, numbers that were measured in seconds: they differ from run to
+    run. The same figure and frame give the same bytes. Files go to `directory`, which is made if
+    needed.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only")
-    directory, alt = Path(directory), figure.get_label()
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {kind: directory / f"{name}.{kind}" for kind in ("png", "svg", "pdf", "csv")}
-    undated = {"svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None},
-               "png": {"Description": alt}}  # fmt: skip
-    with style.context():
-        for kind, metadata in undated.items():
-            figure.savefig(paths[kind], metadata=metadata)
+    directory = Path(directory)
+    paths = write(figure, name, directory, timing=timing)
+    paths["csv"] = directory / f"{name}.csv"
     frame.to_csv(paths["csv"], index=False)
     if latex:
         paths["tex"] = directory / f"{name}.tex"
         paths["tex"].write_text(frame.to_latex(index=False, escape=True, float_format="%.4g"))
-    return SavedFigure(paths, alt, round(figure.get_figwidth() * 100))
+    if call := getattr(figure, "call", None):
+        paths["call.zip"] = directory / f"{name}{calls.SUFFIX}"
+        calls.store(call._replace(timing=timing), paths["call.zip"])
+    return SavedFigure(paths, figure.get_label(), round(figure.get_figwidth() * 100))
+
+
+def write(
+    figure: Figure,
+    name: str,
+    directory: Path,
+    *,
+    kinds: Iterable[str] = KINDS,
+    timing: bool = False,
+) -> dict[str, Path]:
+    """The pictures of `save()` alone: a path for each of `kinds`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    alt = figure.get_label()
+    metadata = {"svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None},
+                "png": {"Description": alt} | ({"Timing": "yes"} if timing else {})}  # fmt: skip
+    paths = {kind: directory / f"{name}.{kind}" for kind in KINDS if kind in kinds}
+    with style.context():
+        for kind, path in paths.items():
+            figure.savefig(path, metadata=metadata[kind])
+    if "svg" in paths:
+        paths["svg"].write_text(_numbered(paths["svg"].read_text("utf-8")), "utf-8")
+    return paths
+
+
+def _numbered(svg: str) -> str:
+    """Clip paths numbered as they come: their ids are of places, whose last bits vary."""
+    order: dict[str, str] = {}
+    return re.sub(
+        r'(?<=id="|rl\(#)p[0-9a-f]{10}\b',
+        lambda found: order.setdefault(found[0], f"clip{len(order)}"),
+        svg,
+    )

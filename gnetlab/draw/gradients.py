@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gnetlab.draw import style
-from gnetlab.draw.figures import _figure, _styled
+from gnetlab.draw.figures import _figure, _outer_legend, _panels, _styled
 from gnetlab.draw.plots import _axes, _short, plain_number
 
 _DASHED = (0, (4, 2))
@@ -42,6 +42,11 @@ def _by_seed(rows: pd.DataFrame, index: str, value: str) -> pd.DataFrame:
 
 def _trunk(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[~frame.stage.isin(["aux1", "aux2"])]
+
+
+def _or_all(known: pd.Series) -> pd.Series:
+    """Where nothing is known, everything: its panels then say that there is nothing to see."""
+    return known if known.any() else ~known
 
 
 def _mean(table: pd.DataFrame) -> pd.Series:
@@ -68,14 +73,13 @@ def _colors(names: Iterable, colors: tuple[str, ...] = style.SERIES) -> dict[str
     return {name: colors[i % len(colors)] for i, name in enumerate(dict.fromkeys(names))}
 
 
-def _legend(figure: Figure, axes: Iterable[Axes], side: str = "center", **options) -> None:
+def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """One legend above the panels for what is labelled in any of them."""
     found = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    figure.legend(found.values(), found, loc=f"outside upper {side}",
-                  **{"ncols": max(1, len(found)), **options})  # fmt: skip
+    _outer_legend(figure, found.values(), found, ncols=max(1, len(found)))
 
 
 def plot_gradient_flow(flow: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -87,7 +91,7 @@ def plot_gradient_flow(flow: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     trunk = _trunk(flow)
     stages, rms = style.stage_order(list(trunk.stage)), _floats(trunk.gradient_rms)
-    logs = trunk.assign(log=np.log10(rms.where(rms > 0)))
+    logs = trunk.assign(log=np.log10(rms.where((rms > 0) & np.isfinite(rms))))
     per_seed = logs.dropna(subset="log").groupby(["source", "stage", "seed"]).log.mean()
     for source, color in style.SOURCE_COLORS.items():
         if source not in per_seed.index.get_level_values("source"):
@@ -286,7 +290,7 @@ def plot_pairs(
     places = start + np.arange(len(table))
     ax.plot(places, table, color=style.QUIET, linewidth=0.6, alpha=0.7, zorder=1)
     for x, (variant, values) in zip(places, table.iterrows(), strict=True):
-        known = values.dropna()
+        known = values[np.isfinite(values)]
         if known.empty:
             continue
         ax.scatter([x] * len(known), known, s=14, color=colors[variant], zorder=2)
@@ -313,7 +317,8 @@ def plot_depth(
         wide = source == "total"
         _draw_seeds(ax, table.index, table, style.SOURCE_COLORS[source], mean=_geometric_mean,
                     marker="o", linewidth=3 if wide else 1.6, zorder=1 if wide else 2)  # fmt: skip
-        known = _geometric_mean(table).dropna()
+        known = _geometric_mean(table)
+        known = known[np.isfinite(known)]
         if text and len(known):
             ends[source] = (known.index[-1], known.iloc[-1])
     ax.set(yscale="log", xlabel="Inception modules", ymargin=0.12)
@@ -335,12 +340,15 @@ def gradient_figure(flow: pd.DataFrame) -> Figure:
 
     Columns: `norm`, `init`, and those of `plot_gradient_flow`.
     """
-    flow = flow.dropna(subset="gradient_rms")
+    flow = flow[_or_all(flow.gradient_rms.notna())]
     norms, inits = list(dict.fromkeys(flow.norm)), list(dict.fromkeys(flow.init))
     stages = style.stage_order(list(_trunk(flow).stage))
     many, room = len(inits) > 2, 100 // len(inits)  # characters across a panel
     figure = _figure("page", (1.75 if many else 2.1) * len(norms) + 0.5)
-    axes = figure.subplots(len(norms), len(inits), sharex=True, sharey=True, squeeze=False)
+    axes = _panels(figure, len(norms), len(inits), across=len(norms), sharex=True, sharey=True)
+    lines, few = axes, len(inits) <= 4  # as they stand; room for the name of every stage
+    if style.is_narrow(figure) and len(inits) > 1:
+        lines, many, few, room = axes.T, True, len(norms) == 1, 46 // len(norms)
     for row, norm in zip(axes, norms, strict=True):
         for ax, init in zip(row, inits, strict=True):
             chosen = (flow.norm == norm) & (flow.init == init)
@@ -348,15 +356,15 @@ def gradient_figure(flow: pd.DataFrame) -> Figure:
                 ax.remove()
                 continue
             plot_gradient_flow(flow.assign(gradient_rms=flow.gradient_rms.where(chosen)), ax=ax)
-            lines = textwrap.wrap(f"{norm},", room) + textwrap.wrap(str(init), room)
-            ax.set_title(("\n" if many else " ").join(lines), fontsize=7.5 if many else None)
-    for column in axes.T:
+            title = textwrap.wrap(f"{norm},", room) + textwrap.wrap(str(init), room)
+            ax.set_title(("\n" if many else " ").join(title), fontsize=7.5 if many else None)
+    for column in lines.T:
         last = [ax for ax in column if ax.figure][-1]
         last.tick_params(axis="x", labelbottom=True, labelrotation=90 if many else 0)
         last.set_xlabel("stage")
-    if len(inits) > 4:  # no room for the name of every stage
+    if not few:
         figure.axes[0].set_xticks(range(0, len(stages), 2), stages[::2])
-    for row in axes:
+    for row in lines:
         next(ax for ax in row if ax.figure).set_ylabel("gradient RMS\n(loss / weight)")
     _legend(figure, figure.axes)
     return figure
@@ -370,12 +378,13 @@ def shares_figure(shares: pd.DataFrame) -> Figure:
     `energy_share` (the heads' fraction of the gradient's energy).
     """
     figure = _figure("page", 0.95 + 0.18 * shares.configuration.nunique())
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = _panels(figure, 1, 2, sharey=True)[0]
     plot_shares(shares, "ratio", ax=left).set(
         title="Gradient at conv1", xlabel="RMS: total / main alone"
     )
+    gap = "\n" if style.is_narrow(figure) else " "
     plot_shares(shares, "energy_share", ax=right).set(
-        title="The heads' share of its energy", xlabel="percent of the gradient's energy"
+        title=f"The heads' share{gap}of its energy", xlabel="percent of the gradient's energy"
     )
     return figure
 
@@ -389,7 +398,7 @@ def pitfall_figure(cuts: pd.DataFrame, outputs: pd.DataFrame) -> Figure:
     at that output; 5b is the reference). Stages in order of appearance.
     """
     figure = _figure("page", 3.1)
-    left, right = figure.subplots(1, 2)
+    left, right = _panels(figure, 1, 2)[0]
     plot_relative(cuts, "weight_dot_gradient", "fc", ax=left).set(
         title="Weights times their gradients", ylabel="sum of w dL/dw / that of fc"
     )
@@ -413,7 +422,7 @@ def agreement_figure(
     `projection_share` (fraction of the total gradient, drawn for `module`).
     """
     figure = _figure("page", 2.9)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = _panels(figure, 1, 3)[0]
     label = "cosine to the main loss's gradient"
     plot_agreement(noise, ax=left).set(title="Before training", xlabel="stage", ylabel=label)
     heads = _trunk(over_training[over_training.source.isin(["aux1", "aux2"])])
@@ -437,13 +446,14 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
     Columns: `setting` (one column of panels each), `step`, `seed`, `variant`, `loss` (nats),
     `accuracy`. Chance is drawn for `classes`.
     """
-    metrics = metrics.dropna(subset=["loss", "accuracy"], how="all")
+    metrics = metrics[_or_all(metrics[["loss", "accuracy"]].notna().any(axis=1))]
     settings = list(dict.fromkeys(metrics.setting))
     figure = _figure("page", 4.2)
-    axes = figure.subplots(2, len(settings), sharex="col", sharey="row", squeeze=False)
+    axes = _panels(figure, 2, len(settings), across=2, sharex="col", sharey="row")
     for (above, below), setting in zip(axes.T, settings, strict=True):
         chosen = metrics[metrics.setting == setting]
-        plot_training(chosen, "loss", ax=above).set(title=setting, xlabel="")
+        plot_training(chosen, "loss", ax=above).set(title=setting)
+        above.set_xlabel("training step" if style.is_narrow(figure) else "")
         plot_training(chosen, "accuracy", ax=below)
     for row, level in zip(axes, (np.log(classes), 1 / classes), strict=True):
         for ax in row:
@@ -455,6 +465,9 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
     low, high = axes[0, 0].get_ylim()  # one run that goes astray must not flatten the others
     axes[0, 0].set_ylim(low, min(high, 2 * np.log(classes)))
     axes[1, 0].set(ylabel="fraction correct, main", ylim=(0, None))
+    if style.is_narrow(figure):  # or they would stand higher than their panels
+        axes[0, 0].set_ylabel("cross-entropy\nof main (nats)")
+        axes[1, 0].set_ylabel("fraction\ncorrect, main")
     _legend(figure, axes.flat)
     return figure
 
@@ -482,7 +495,7 @@ def gap_figure(gaps: pd.DataFrame) -> Figure:
     Columns: `variant`, `seed`, `train_accuracy`, `test_accuracy` (fractions).
     """
     figure = _figure("page", 2.7)
-    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    left, right = _panels(figure, 1, 2, width_ratios=[1.7, 1])[0]
     names = [str(name).replace(" ", "\n", 1) for name in dict.fromkeys(gaps.variant)]
     train, test = 100 * _floats(gaps.train_accuracy), 100 * _floats(gaps.test_accuracy)
     gaps = gaps.assign(train=train, test=test, gap=train - test)
@@ -511,7 +524,7 @@ def depth_figure(depth: pd.DataFrame) -> Figure:
     `propagation` (flow at conv1 over that at 5b).
     """
     figure = _figure("page", 2.5)
-    left, middle, right = figure.subplots(1, 3)
+    left, middle, right = _panels(figure, 1, 3)[0]
     right.sharey(middle)
     labels = {"main": "main loss\nalone", "total": "with\nheads"}
     plot_depth(depth, "conv1_rms", labels, ax=left).set(

@@ -284,6 +284,7 @@ def plot_prediction(times: pd.DataFrame, predictor: str, *, ax: Axes | None = No
     ax.set(xscale="log", yscale="log", xlabel="measured (ms)")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(FuncFormatter(plain_number))
+        axis.set_minor_formatter(NullFormatter())
     return ax
 
 

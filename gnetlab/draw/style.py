@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import matplotlib
+from matplotlib.figure import Figure
 
 BRANCH_COLORS = {
     "1x1": "#22316C",
@@ -41,6 +43,7 @@ SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227", "#4B5A1E", "#9FD8C8")
 
 STAGES = ("stem", "3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "head")
 WIDTHS = {"column": 3.5, "page": 7.2}  # inches
+_asked: ContextVar[str | None] = ContextVar("width", default=None)
 
 _SETTINGS = {
     "font.family": "DejaVu Sans",  # ships with matplotlib: the same everywhere
@@ -73,6 +76,26 @@ def context() -> Iterator[None]:
     """Figures made or saved inside have gnetlab's look; global settings are as before after it."""
     with matplotlib.rc_context(_SETTINGS):
         yield
+
+
+@contextlib.contextmanager
+def width(name: str | None) -> Iterator[None]:
+    """Figures made inside have this one of `WIDTHS`, whichever they are designed for."""
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> str | None:
+    """What `width()` asks for, if anything."""
+    return _asked.get()
+
+
+def is_narrow(figure: Figure) -> bool:
+    """Whether a figure is as wide as one column of text."""
+    return figure.get_figwidth() == WIDTHS["column"]
 
 
 def stage_order(stages: list[str]) -> list[str]:

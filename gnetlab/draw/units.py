@@ -10,13 +10,15 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gnetlab.draw import style
-from gnetlab.draw.figures import _figure, _styled
+from gnetlab.draw.figures import _figure, _outer_legend, _panels, _styled
 from gnetlab.draw.plots import _axes
 
 LEVEL = 0.05  # of adjusted p, from which on a module is marked
@@ -161,11 +163,12 @@ def selectivity_figure(selectivity: pd.DataFrame, tests: pd.DataFrame) -> Figure
     Columns: those of `plot_selectivity` and the three properties.
     """
     figure = _figure("page", 2.8)
-    for ax, (name, (title, label)) in zip(figure.subplots(1, 3), LABELS.items(), strict=True):
+    axes = _panels(figure, 1, 3)[0]
+    for ax, (name, (title, label)) in zip(axes, LABELS.items(), strict=True):
         plot_selectivity(selectivity, tests, name, ax=ax).set(title=title, ylabel=label)
     handle = ax.scatter([], [], s=9, color="black")
     text = f"branches of the module differ: permutation p < {LEVEL:g}, adjusted (Holm)"
-    figure.legend([handle], [text], loc="outside upper right")
+    _outer_legend(figure, [handle], [text], "upper right")
     return figure
 
 
@@ -178,20 +181,21 @@ def confound_figure(confound: pd.DataFrame, effects: pd.DataFrame) -> Figure:
     names = _properties(confound)
     rows = int((effects.trained & (effects.property == names[0])).sum())
     figure = _figure("page", 2.6 + 0.17 * rows)
-    above, below = figure.subplots(
-        2, len(names), squeeze=False, height_ratios=[2, 0.6 + 0.2 * rows]
-    )
+    above, below = _panels(figure, 2, len(names), height_ratios=[2, 0.6 + 0.2 * rows])
     for top, bottom, name in zip(above, below, names, strict=True):
         plot_advantage(confound, name, ax=top).set_title(LABELS[name][0])
         plot_effects(effects, name, ax=bottom)
-        bottom.tick_params(labelleft=bottom is below[0])
+        bottom.tick_params(labelleft=bottom is below[0] or style.is_narrow(figure))
     above[0].set_ylabel("third branch minus others")
+    if style.is_narrow(figure):
+        for ax in above:
+            ax.set_ylabel("third branch\nminus others")
     handles = [above[0].scatter([], [], s=14, color="#BBBBBB", label="before training")]
     for layout in dict.fromkeys(confound.layout):
         color, marker = _LAYOUTS[layout]
         handles.append(above[0].scatter([], [], s=14, color=color, marker=marker,
                                         label=f"trained, {layout} widths"))  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    _outer_legend(figure, handles, [h.get_label() for h in handles], ncols=len(handles))
     return figure
 
 
@@ -202,7 +206,18 @@ def counts_figure(counts: pd.DataFrame) -> Figure:
     Columns: those of `plot_counts`.
     """
     figure = _figure("page", 2.4)
-    plot_counts(counts, ax=figure.subplots())
+    ax = plot_counts(counts, ax=figure.subplots())
+    if style.is_narrow(figure):  # two lines for each row, and more room for what stands beside it
+        figure.set_figheight(3.2)
+        ax.set_yticks(
+            ax.get_yticks(), [textwrap.fill(t.get_text(), 20) for t in ax.get_yticklabels()]
+        )
+        chance, *beside = ax.texts
+        chance.set_text("chance: the branch's share")
+        for text in beside:
+            text.set_text(text.get_text().replace(", ", ",\n"))
+        ax.set_xlim(0, 170)
+        ax.xaxis.label.set_x(100 / 170 / 2)
     return figure
 
 
@@ -213,12 +228,15 @@ def visualized_figure(images: np.ndarray, frame: pd.DataFrame, *, columns: int =
     `images` is count x size x size x 3 uint8; columns of the frame, in the same order: `module`,
     `branch`, `channel`. Frames have the branch's colour.
     """
+    figure, full = _figure("page", 1), 8  # as many as have the usual size
+    if style.is_narrow(figure):
+        columns, full = max(1, columns // 2), 4
     blocks = list(frame.groupby("module", sort=False).indices.items())
     most = max(len(rows) for _, rows in blocks)
     beside = max(1, min(len(blocks), columns // most))  # blocks in a row
     wide, height = columns // beside, -(-most // (columns // beside))
     lines = -(-len(blocks) // beside)
-    figure = _figure("page", lines * (0.35 + 0.95 * height * 8 / columns) + 0.1)
+    figure.set_figheight(lines * (0.35 + 0.95 * height * full / columns) + 0.1)
     parts = figure.subfigures(lines, beside, squeeze=False).ravel()
     for part, (module, rows) in zip(parts, blocks, strict=False):
         part.suptitle(module, x=0.02, ha="left", fontsize=8)

@@ -22,7 +22,7 @@ import gnetlab
 from gnetlab.report import claims, machine
 from gnetlab.report.plan import GOOD, Job, ReportError, notebooks_folder
 
-FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex")
+FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex", "call.zip")  # the last draws it again
 SCHEMA = 2
 
 
