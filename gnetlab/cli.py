@@ -59,7 +59,7 @@ def report(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the report [default: reports/PROFILE].")
+        Path | None, typer.Option(help="Folder of the report (default: reports/PROFILE).")
     ] = None,
     publish: Annotated[
         bool, typer.Option("--publish", help="Copy figures and manifest to figures/.")
@@ -67,11 +67,11 @@ def report(
     workers: Annotated[
         int,
         typer.Option(
-            "-j", min=0, help="Notebooks at a time [default: what cores, memory and GPUs bear]."
+            "-j", min=0, help="Notebooks at a time (default: what cores, memory and GPUs bear)."
         ),
     ] = 0,
     timeout: Annotated[
-        float | None, typer.Option(min=1, help="Seconds a notebook may take [default: no limit].")
+        float | None, typer.Option(min=1, help="Seconds a notebook may take (default: no limit).")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Run also those for which nothing has changed.")

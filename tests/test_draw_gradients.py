@@ -134,6 +134,9 @@ CASES = {
     "agreement": lambda: (make_noise(), make_over_training()),
     "agreement_one": lambda: (make_noise(seeds=(0,)), make_over_training((0,), steps=(0, 300))),
     "training": lambda: (make_metrics(SETTINGS, (*HEADS, "aux1 only")), 16),
+    "training_wide": lambda: (
+        make_metrics(("no norm, gain 0.6", "batch norm, PyTorch default"), steps=range(50)), 16,
+    ),
     "training_one": lambda: (make_metrics(SETTINGS[:1], seeds=(0,)), 16),
     "escape": lambda: (make_summary(SETTINGS, (*HEADS, "aux1 only", "aux2 only")),),
     "escape_wide": lambda: (make_summary(SETTINGS, ("with heads, learning rate 0.05", "b")),),

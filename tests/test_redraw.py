@@ -197,7 +197,8 @@ def test_nothing_but_figure_functions_may_be_named(function, report, run):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"format": 2}, "format 2, this gnetlab reads 1"), ({"arguments": [1]}, "cannot draw what"),
     ({"arguments": [{"array": 99}]}, "KeyError"), ({"arguments": [{"pickle": 1}]}, "unknown kind"),
-    ({"arguments": [{}]}, "cannot be read"), ({"options": [["nope", 1]]}, "'nope'"),
+    ({"arguments": [{}]}, "cannot be read"), ({"function": 5}, "cannot be read"),
+    ({"options": [["nope", 1]]}, "'nope'"),
 ])  # fmt: skip
 def test_a_broken_file_is_said_to_be_one(changes, message, report, run):
     rewrite(report / "01" / "counts.call.zip", **{"arguments": [], "options": []} | changes)

@@ -67,7 +67,7 @@ def make_effects():
 def make_counts():
     rows = [
         ("3a", "curves", "3x3", 11, 11, 128, 256, 4e-4),
-        ("4a", "shapes", "5x5", 3, 4, 48, 508, 0.1),
+        ("4a", "colour centre-surround", "5x5", 3, 4, 48, 508, 0.1),
     ]
     return pd.DataFrame(
         rows,

@@ -78,7 +78,7 @@ def load(path: Path) -> Call:
                 {name: _decode(value, array) for name, value in content["options"]},
                 bool(content["timing"]),
             )
-    except (OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # the file may be damaged in any way, or made to be
         raise ValueError(
             f"{path} cannot be read as a stored figure ({type(error).__name__}: {error}); "
             "run `gnetlab report` again"
