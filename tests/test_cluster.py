@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from test_faults import CHILD, sleepers, until
+from test_faults import CHILD, hear_signals, sleepers, until
 from test_report import FIGURE, PARAMETERS, plan, write
 
 from gnetlab.measure import training
@@ -212,8 +212,10 @@ def test_no_process_outlives_the_one_who_runs_it(client, tmp_path):
         path = write(tmp_path / f"{seconds}.ipynb", CHILD.format(seconds), "while True: pass")
         command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", seconds,
                    "--device", "cpu", "--scheduler", client.scheduler.address]  # fmt: skip
-        running[seconds] = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                            stderr=subprocess.DEVNULL)  # fmt: skip
+        running[seconds] = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=hear_signals,
+        )  # fmt: skip
         until(lambda: sleepers(seconds))  # noqa: B023  (the second goes to the idle worker)
     # a worker that executes a notebook is free for the runs that the notebook sends
     assert client.submit(abs, -7, pure=False).result(timeout=20) == 7

@@ -517,3 +517,18 @@ def test_correlations_of_two_networks_stand_side_by_side():
     }  # fmt: skip
     assert [line.get_ydata().tolist() for line in right.lines[:2]] == [[9, 8], [1, 0]]
     assert left.lines[0].get_color() == style.EMPHASIS
+
+
+def test_a_summary_says_in_numbers_what_the_panels_show():
+    figure = Figure()
+    with style.context():
+        left, right, empty = figure.subplots(1, 3)
+        left.plot([1, 2, 3], [0.5, np.nan, 1250], label="main loss")
+        left.plot([1, 2], [1, 1], label="_not told")
+        left.set(title="Loss", xlabel="step", ylabel="nats")
+        right.bar(["a", "b"], [2, 3.14159], label="cost")
+        empty.set_title("nothing here")
+    told = "Loss, nats by step: main loss from 0.5 to 1.25e+03. cost 2, 3.14"
+    assert figures.data_summary(figure) == told
+    assert figures.data_summary(figure, longest=60) == told.replace(" 2, 3.14", " …")
+    assert figures.data_summary(Figure()) == ""

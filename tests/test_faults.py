@@ -33,6 +33,12 @@ def sleepers(seconds: str) -> list[psutil.Process]:
     return found
 
 
+def hear_signals():
+    """In a process to be: whoever runs the tests may have these ignored, as nohup does."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def until(condition, seconds=40.0):
     limit = time.monotonic() + seconds
     while not condition():
@@ -338,12 +344,14 @@ class TestFaults:
         "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
     )
     def test_no_process_outlives_the_one_who_runs_it(self, number, tmp_path):
-        seconds = f"74{int(number):02d}"
+        seconds = f"7{os.getpid()}.{int(number)}"
         spins = "while True: pass"
         path = write(tmp_path / "n.ipynb", CHILD.format(seconds), spins)
         command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", "out"]
-        running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        running = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=hear_signals,
+        )  # fmt: skip
         until(lambda: sleepers(seconds))
         kernels = [p.parent() for p in sleepers(seconds)]
         running.send_signal(number)
@@ -511,6 +519,21 @@ class TestKernels:
         environment = {**os.environ, "JUPYTER_PATH": str(tmp_path / "share")}
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
         assert "mine: 1" in (tmp_path / "out" / "n" / "n.ipynb").read_text()
+
+    def test_a_kernel_that_cannot_be_started_is_named(self, tmp_path):
+        folder = tmp_path / "share" / "kernels" / "python3"
+        folder.mkdir(parents=True)
+        spec = {"argv": ["/nowhere/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "gone", "language": "python"}  # fmt: skip
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        path = write(tmp_path / "n.ipynb", "1")
+        command = [sys.executable, "-m", "gnetlab.cli", "report", str(path), "--output", "out"]
+        environment = {**os.environ, "JUPYTER_PATH": str(tmp_path / "share")}
+        ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert ran.returncode == 1
+        assert "n failed: FileNotFoundError: [Errno 2] No such file or directory" in ran.stdout
+        assert "/nowhere/python" in ran.stdout
+        assert (tmp_path / "out" / "failed" / "n" / "n.ipynb").is_file()
 
 
 class TestReproducible:

@@ -35,7 +35,8 @@ def figure(folder, name, alt="A figure", **more):
     for kind in ("svg", "csv"):
         (folder / f"{name}.{kind}").write_text("x\n1\n")
     files = {k: {"path": f"{name}.{k}", "sha256": "ab" * 32} for k in ("png", "svg", "csv")}
-    return {"name": name, "alt": alt, "pixels": [40, 30], "timing": False, "files": files} | more
+    entry = {"name": name, "alt": alt, "data": 'a from "1" to <2>', "pixels": [40, 30]}
+    return entry | {"timing": False, "files": files} | more
 
 
 def executed(path, *cells):
@@ -198,7 +199,9 @@ def test_headings_and_table_are_sound(report):
     assert html.count("<main") == html.count("<nav") == html.count("<header") == 1
     assert html.index('class="skip" href="#main"') < html.index("<header")
     assert all("scope=" in cell for cell in re.findall(r"<th\b[^>]*>", html))
-    assert all('alt="' in image for image in re.findall(r"<img[^>]*>", html))
+    images = re.findall(r"<img[^>]*>", html)
+    assert all('alt="' in image for image in images)
+    assert 'alt="A line. a from &#34;1&#34; to &lt;2&gt;"' in images[0]
     for verdict, sign in (("supported", "✓"), ("not supported", "✗"), ("depends", "±")):
         assert f'<span aria-hidden="true">{sign}</span> {verdict}</td>' in html
 

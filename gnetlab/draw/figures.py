@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -596,7 +597,8 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     alt = figure.get_label()
     metadata = {"svg": {"Date": None, "Description": alt}, "pdf": {"CreationDate": None},
-                "png": {"Description": alt} | ({"Timing": "yes"} if timing else {})}  # fmt: skip
+                "png": {"Description": alt, "Data": data_summary(figure)}}  # fmt: skip
+    metadata["png"] |= {"Timing": "yes"} if timing else {}
     paths = {kind: directory / f"{name}.{kind}" for kind in KINDS if kind in kinds}
     with style.context():
         for kind, path in paths.items():
@@ -614,3 +616,36 @@ def _numbered(svg: str) -> str:
         lambda found: order.setdefault(found[0], f"clip{len(order)}"),
         svg,
     )
+
+
+def data_summary(figure: Figure, longest: int = 600) -> str:
+    """What the panels show, in words and numbers, for who cannot see them.
+
+    Of each panel its title and axes, of each labelled line its first and last value, of each group
+    of bars its values; cut after `longest` characters.
+    """
+    panels = []
+    for ax in figure.axes:
+        found = [_line_summary(line) for line in ax.lines]
+        found += [_bars_summary(bars) for bars in ax.containers if isinstance(bars, BarContainer)]
+        if any(found):
+            axes = " by ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+            head = ", ".join(filter(None, (ax.get_title(loc="left"), axes)))
+            values = "; ".join(filter(None, found))
+            panels.append(f"{head}: {values}" if head else values)
+    return textwrap.shorten(". ".join(panels), longest, placeholder=" …")
+
+
+def _line_summary(line: Line2D) -> str:
+    values = np.asarray(line.get_ydata(), dtype=float)
+    values = values[np.isfinite(values)]
+    label = str(line.get_label())
+    if label.startswith("_") or len(values) < 2:
+        return ""
+    return f"{label} from {values[0]:.3g} to {values[-1]:.3g}"
+
+
+def _bars_summary(bars: BarContainer) -> str:
+    values = [f"{value:.3g}" for value in bars.datavalues if np.isfinite(value)]
+    label = str(bars.get_label())
+    return f"{'' if label.startswith('_') else label} {', '.join(values)}".strip()

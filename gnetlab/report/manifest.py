@@ -113,7 +113,8 @@ def figures_of(folder: Path) -> list[dict[str, Any]]:
             if (path := png.with_suffix(f".{kind}")).is_file()
         }
         figures.append({
-            "name": png.stem, "alt": about.get("Description", ""), "pixels": list(size),
+            "name": png.stem, "alt": about.get("Description", ""), "data": about.get("Data", ""),
+            "pixels": list(size),
             "timing": about.get("Timing") == "yes", "files": files,
         })  # fmt: skip
     return figures
