@@ -526,9 +526,17 @@ def test_a_summary_says_in_numbers_what_the_panels_show():
         left.plot([1, 2, 3], [0.5, np.nan, 1250], label="main loss")
         left.plot([1, 2], [1, 1], label="_not told")
         left.set(title="Loss", xlabel="step", ylabel="nats")
+        left.plot([3, 4], ["3a", "3b"], label="along x")
+        left.plot(["3a", "3b"], ["3a", "3b"], label="no numbers")
         right.bar(["a", "b"], [2, 3.14159], label="cost")
-        empty.set_title("nothing here")
-    told = "Loss, nats by step: main loss from 0.5 to 1.25e+03. cost 2, 3.14"
+        right.errorbar([1, 2], [5, 6], [1, 1], label="with errors")
+        empty.set_title("Others")
+        empty.text(0, 0, "3 of 3")
+    told = "Loss, nats by step: main loss from 0.5 to 1.25e+03; along x from 3 to 4. "
+    told += "with errors from 5 to 6; cost 2, 3.14. Others: 3 of 3"
     assert figures.data_summary(figure) == told
-    assert figures.data_summary(figure, longest=60) == told.replace(" 2, 3.14", " …")
+    short = figures.data_summary(figure, longest=80)
+    assert 70 < len(short) <= 80
+    assert told.startswith(short.removesuffix(" …"))
+    assert short.endswith(" …")
     assert figures.data_summary(Figure()) == ""

@@ -9,6 +9,7 @@ that stand side by side are stacked instead, and legends, names and footers are 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import textwrap
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.container import BarContainer
+from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -622,12 +623,15 @@ def data_summary(figure: Figure, longest: int = 600) -> str:
     """What the panels show, in words and numbers, for who cannot see them.
 
     Of each panel its title and axes, of each labelled line its first and last value, of each group
-    of bars its values; cut after `longest` characters.
+    of bars its values, or else the panel's texts; cut after `longest` characters.
     """
     panels = []
     for ax in figure.axes:
-        found = [_line_summary(line) for line in ax.lines]
+        found = [_line_summary(line, line.get_label()) for line in ax.lines]
+        found += [_line_summary(errors.lines[0], errors.get_label()) for errors in ax.containers
+                  if isinstance(errors, ErrorbarContainer) and errors.lines[0]]  # fmt: skip
         found += [_bars_summary(bars) for bars in ax.containers if isinstance(bars, BarContainer)]
+        found = list(filter(None, found)) or [text.get_text() for text in ax.texts]
         if any(found):
             axes = " by ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
             head = ", ".join(filter(None, (ax.get_title(loc="left"), axes)))
@@ -636,16 +640,19 @@ def data_summary(figure: Figure, longest: int = 600) -> str:
     return textwrap.shorten(". ".join(panels), longest, placeholder=" …")
 
 
-def _line_summary(line: Line2D) -> str:
-    values = np.asarray(line.get_ydata(), dtype=float)
-    values = values[np.isfinite(values)]
-    label = str(line.get_label())
-    if label.startswith("_") or len(values) < 2:
-        return ""
-    return f"{label} from {values[0]:.3g} to {values[-1]:.3g}"
+def _line_summary(line: Line2D, label: object) -> str:
+    for data in (line.get_ydata(), line.get_xdata()):  # along x where y has categories
+        with contextlib.suppress(TypeError, ValueError):
+            values = np.asarray(data, dtype=float)
+            values = values[np.isfinite(values)]
+            if str(label).startswith("_") or len(values) < 2:
+                return ""
+            return f"{label} from {values[0]:.3g} to {values[-1]:.3g}"
+    return ""
 
 
 def _bars_summary(bars: BarContainer) -> str:
-    values = [f"{value:.3g}" for value in bars.datavalues if np.isfinite(value)]
+    finite = [value for value in map(float, bars.datavalues) if np.isfinite(value)]
+    values = [f"{value:.3g}" for value in finite]
     label = str(bars.get_label())
     return f"{'' if label.startswith('_') else label} {', '.join(values)}".strip()
