@@ -154,12 +154,21 @@ class TestIncremental:
         picture.write_text("one")
         parameters = {"image": str(picture), "data": f"folder:{folder}", "seed": 3}
         before = cache._inputs(parameters)
-        assert before.keys() == {"image", "data"}
+        assert before.keys() == {"image", "data", "data sets"}
         picture.write_text("two")
         (folder / "a.jpg").write_text("x")
         after = cache._inputs(parameters)
         assert before["image"] != after["image"]
         assert before["data"] != after["data"]
+
+    def test_named_data_sets_are_looked_into_where_they_lie(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(cache, "DATA_FOLDERS", (str(tmp_path), str(tmp_path / "none")))
+        (tmp_path / "images").write_text("one")
+        before = cache._inputs({"data": "fashion-mnist"})
+        assert before == cache._inputs({"data": "fashion-mnist"})
+        (tmp_path / "images").write_text("other")
+        assert before != cache._inputs({"data": "fashion-mnist"})
+        assert cache._inputs({"data": "photocrops"}) == {}
 
     def test_imagenet_weights_that_were_fetched_meanwhile_are_noticed(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))

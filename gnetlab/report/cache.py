@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gnetlab.report.plan import Job
 
 RECORD = "run.json"
+DATA_FOLDERS = ("~/.cache/gnetlab", "/usr/share/datasets/fashion-mnist")  # of named data sets
 
 
 def restore(job: Job, output: Path, force: bool, threads: str) -> None:
@@ -112,7 +113,7 @@ def _devices() -> str:
 
 
 def _inputs(parameters: dict[str, Any]) -> dict[str, str]:
-    """Digests of the files that parameters name, and of ImageNet weights where they may be used."""
+    """Digests of files that parameters name, of data sets and ImageNet weights that may be used."""
     inputs = {}
     for name, value in parameters.items():
         path = Path(str(value).rpartition(":")[2]) if isinstance(value, str) and value else None
@@ -120,6 +121,10 @@ def _inputs(parameters: dict[str, Any]) -> dict[str, str]:
             inputs[name] = _digest(path.read_bytes())
         elif path and path.is_absolute() and path.is_dir():
             inputs[name] = _digest("\n".join(_listing(path)).encode())
+    if parameters.get("data") not in (None, "photocrops"):  # those come with a package
+        places = [Path(place).expanduser() for place in DATA_FOLDERS]
+        listed = [line for place in places if place.is_dir() for line in _listing(place)]
+        inputs["data sets"] = _digest("\n".join(listed).encode())
     if parameters.get("weights") in ("auto", "imagenet"):
         home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
         found = (home / "hub" / "checkpoints").glob("googlenet-*.pth")
