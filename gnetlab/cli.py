@@ -99,7 +99,7 @@ def report(
             signal.signal(number, signal.default_int_handler)
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
-    output = (output or Path("reports") / profile).resolve()
+    output, jobs = (output or Path("reports") / profile).resolve(), []
     try:
         jobs = plan.plan(
             plan.find_notebooks(notebooks or []),

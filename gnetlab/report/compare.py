@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gnetlab.report.claims import CLAIMS
+from gnetlab.report.plan import GOOD
 
-GOOD = ("done", "cached")
 _ABSENT = object()
 
 

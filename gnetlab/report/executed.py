@@ -7,12 +7,13 @@ from pathlib import Path
 
 import nbformat
 
+from gnetlab.report.manifest import without_home, write
+
 _LONGEST_STREAM = 1_000_000  # characters of what a cell prints that are kept
 # What a run leaves that the next one would not: addresses, temporary files, random names.
 _VARYING = (
-    (re.compile(r"0x[0-9a-fA-F]{6,16}\b"), "0x…"),
+    (re.compile(r"(?<= at )0x[0-9a-f]{6,16}\b"), "0x…"),
     (re.compile(r"(/[\w./-]*)?/ipykernel_\d+/\d+\.py"), "cell.py"),
-    (re.compile(r"\b(Cell In\[\d+\], line|process|pid|PID) \d{3,}\b"), r"\1 …"),
 )
 _STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=[\"_ #,{])")
 
@@ -31,8 +32,6 @@ def unfinished(executed: Path) -> str:
 
 def normalize(executed: Path) -> None:
     """Make two runs that did the same the same file; drop what tells of this machine."""
-    from gnetlab.report.manifest import without_home, write
-
     notebook = nbformat.read(executed, as_version=4)
     for name in ("papermill", "widgets"):
         notebook.metadata.pop(name, None)

@@ -15,7 +15,7 @@ PACKAGES = (
     "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
     "papermill", "scikit-image",
 )  # fmt: skip
-_GB_PER_NOTEBOOK = 4  # the largest takes 3 at the fast profile
+_GB_PER_NOTEBOOK = 4  # at the fast profile the largest process has 1.9, three of a study 1 each
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -138,7 +139,9 @@ def without_home(text: str) -> str:
     home = str(Path.home())
     if len(home) < 2:
         return text
-    return text.replace(json.dumps(home)[1:-1], "~").replace(home, "~")
+    for written in (json.dumps(home)[1:-1], home):  # Windows' backslashes are doubled in JSON
+        text = re.sub(re.escape(written) + r"(?![\w.-])", "~", text)
+    return text
 
 
 def write(path: Path, text: str) -> None:

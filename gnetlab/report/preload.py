@@ -1,5 +1,7 @@
 """Imported once by the process that workers are forked from: what most notebooks import.
 
+Loading is all: nothing of it is used in this room.
+
 Nothing in here may use CUDA or start OpenMP's threads; importing these does neither.
 """
 

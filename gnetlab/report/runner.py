@@ -155,17 +155,21 @@ def _now() -> datetime.datetime:
 def _check_output(output: Path, jobs: list[Job]) -> None:
     """Nothing may be replaced but an earlier report's own files."""
     for job in jobs:
-        if output.resolve() in job.source.parents and output.resolve() != job.source.parent:
-            raise ReportError(
-                f"{job.source} lies in {output}, where its own result would replace it; copy it "
-                "elsewhere, or choose another --output"
-            )
-        folder = output / job.name
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / cache.RECORD).is_file():
-            raise ReportError(
-                f"{folder} is not a result of an earlier report (it has no {cache.RECORD}), and "
-                "would be replaced; move it, or choose another --output"
-            )
+        for folder, ours in (
+            (output / job.name, cache.RECORD),
+            (output / "failed" / job.name, f"{job.notebook}.ipynb"),
+        ):
+            inside = [other.source for other in jobs if folder.resolve() in other.source.parents]
+            if inside:
+                raise ReportError(
+                    f"{inside[0]} lies in {folder}, which a result would replace; copy it "
+                    "elsewhere, or choose another --output"
+                )
+            if folder.is_dir() and any(folder.iterdir()) and not (folder / ours).is_file():
+                raise ReportError(
+                    f"{folder} is not a result of an earlier report (it has no {ours}), and would "
+                    "be replaced; move it, or choose another --output"
+                )
     ours = (output / "manifest.json").is_file() or (output / ".lock").is_file()
     if (output / "index.html").exists() and not ours:
         raise ReportError(
@@ -238,6 +242,7 @@ class _Run:
             handle = self.place.start(job, part, environment, self.timeout)
         except OSError as error:
             job.status, job.error = "failed", f"could not be started: {error}"
+            self.free_gpus += [gpu] if gpu else []
             self.progress(job)
             return
         slot = _Slot(job, part, handle, gpu)
@@ -270,8 +275,8 @@ class _Run:
         try:
             self.finish(slot, why if not late else "")
         except (OSError, ValueError) as error:  # the disk is full, as a rule
-            why = job.error or f"its results could not be kept: {error}"
-            job.status, job.error = "failed", why
+            job.error = job.error or f"its results could not be kept: {error}"
+            job.status = "failed" if job.status == "done" else job.status
             job.folder = None
             shutil.rmtree(slot.part, ignore_errors=True)
         self.progress(job)

@@ -91,8 +91,9 @@ def _attended(
     done = threading.Event()
 
     def watch() -> None:
-        while is_wanted() and not done.wait(0.5):
-            pass
+        while is_wanted():
+            if done.wait(0.5):
+                break
         with contextlib.suppress(OSError):
             process.stdin.close()
 

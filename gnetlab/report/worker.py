@@ -234,7 +234,7 @@ def _now_and_then(save: Callable[..., None]) -> Callable[..., None]:
         if begun >= due:
             save(**options)
             took = time.monotonic() - begun
-            due = begun + 20 * took if took > 0.05 else 0.0
+            due = begun + 20 * took if took > 0.2 else 0.0
 
     return saved
 
