@@ -36,6 +36,7 @@ except ImportError:  # Windows
     resource = None
 
 MARK = "GNETLAB_NOTEBOOK"
+_LARGE = 1_000_000  # bytes of a notebook that is not saved twice per cell
 LOG = "log.txt"  # beside a notebook that failed
 # Both must be there when Python starts, and matplotlib, in the process that is forked.
 _FROM_THE_START = {
@@ -217,15 +218,15 @@ def _engine() -> str:
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-            nb_man.save = _now_and_then(nb_man.save)
+            nb_man.save = _now_and_then(nb_man.save, nb_man.output_path)
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
     papermill_engines.register("gnetlab", Engine)
     return "gnetlab"
 
 
-def _now_and_then(save: Callable[..., None]) -> Callable[..., None]:
-    """`save`; what takes long to save is saved less often, in at most a twentieth of the time."""
+def _now_and_then(save: Callable[..., None], path: str) -> Callable[..., None]:
+    """`save` to `path`; where that has become large, in at most a twentieth of the time."""
     due = 0.0
 
     def saved(**options: Any) -> None:
@@ -233,8 +234,9 @@ def _now_and_then(save: Callable[..., None]) -> Callable[..., None]:
         begun = time.monotonic()
         if begun >= due:
             save(**options)
-            took = time.monotonic() - begun
-            due = begun + 20 * took if took > 0.2 else 0.0
+            ended = time.monotonic()
+            is_large = os.path.getsize(path) > _LARGE
+            due = ended + 20 * (ended - begun) if is_large else 0.0
 
     return saved
 
