@@ -48,14 +48,11 @@ TINY = {"size": 16, "width": 0.1, "batch_size": 4, "steps": 2}
 
 @pytest.fixture(scope="module")
 def dask():
-    options = {"nthreads": 1}
-    workers = {
-        "plain": {"cls": distributed.Nanny, "options": options},
-        "gpu": {"cls": distributed.Nanny, "options": options | {"resources": {"GPU": 1}}},
-    }
-    quiet = {"dashboard": False, "dashboard_address": ":0"}
-    scheduler = {"cls": distributed.Scheduler, "options": quiet}
-    with distributed.SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as started:
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=logging.CRITICAL
+    ) as started:
+        started.new_spec["options"] = started.new_spec["options"] | {"resources": {"GPU": 1}}
+        started.scale(2)
         yield started
 
 
