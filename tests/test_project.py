@@ -11,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 import gnetlab
 
@@ -38,6 +39,33 @@ def test_environment_yml_and_pyproject_ask_for_the_same():
     pip = {CONDA_NAMES.get(name, name): bound for name, bound in pip.items()}
     pip["python"] = SpecifierSet(asked["requires-python"])
     assert {name: SpecifierSet(bound) for name, bound in conda.items()} == pip
+
+
+def test_the_constraints_pin_what_is_required_within_its_bounds():
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {canonicalize_name(name): version for name, version in pinned.items()}
+    asked = project()
+    extras = asked["optional-dependencies"]
+    for line in [*asked["dependencies"], *(line for lines in extras.values() for line in lines)]:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), line
+
+
+def test_what_is_cited_is_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited.keys() >= {"cff-version", "message", "title", "authors"}
+    assert cited["version"] == project()["version"]
+    assert cited["license"] == project()["license"]
+    assert f"## {cited['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_workflow_runs_the_test_command_on_supported_pythons():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
+    supported = SpecifierSet(project()["requires-python"])
+    assert all(supported.contains(version) for version in job["strategy"]["matrix"]["python"])
 
 
 def test_every_package_named_by_the_user_is_required_and_used():
@@ -72,9 +100,15 @@ def test_importing_gnetlab_imports_nothing_heavy():
     assert not {"torch", "pandas", "matplotlib", "torchvision"} & set(loaded)
 
 
-def test_readme_links_and_figures_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("name", ["README.md", "README.ja.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_figures_exist(name):
+    text = (ROOT / name).read_text()
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
         assert (ROOT / path).exists(), path
+        if anchor:
+            target = (ROOT / path).read_text() if path else text
+            headings = re.findall(r"^#+ (.+)$", target, re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}
 
 
 def test_no_path_of_a_machine_in_tracked_text():

@@ -289,6 +289,7 @@ def googlenet(
 
     weights      None, "imagenet" (torchvision's; implies the torchvision preset), "bundled" (comes
                  with gnetlab: paper preset, batch norm, no heads, the 16 classes of PhotoCrops),
+                 "random" (seeded, with batch norm calibrated on photographs: fit to look at),
                  "auto" (the first where it can be had, else the second; random ones for a network
                  that neither fits), "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's
                  own network; images are normalized as for any other), or the path of a checkpoint
@@ -325,7 +326,7 @@ def googlenet(
 def _pretrained(
     preset: str | Architecture, weights: str | Path, changes: dict[str, Any], seed: int
 ) -> GoogLeNet:
-    found = loading.find(weights)
+    found = loading.random_start(seed) if weights == "random" else loading.find(weights)
     fitting = preset in ("paper", found.preset)
     if weights == "auto":  # a changed network, or one with heads, fits neither, and need not
         fitting = fitting and changes.keys() <= {"heads", "dropout", "head_dropout"}

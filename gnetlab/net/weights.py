@@ -105,7 +105,7 @@ def find(weights: str | Path) -> Found:
     if not path.is_file():
         raise FileNotFoundError(
             f"weights={str(weights)!r} asked: no such file. Give 'imagenet', 'bundled', 'auto', "
-            "'bvlc:PATH', None or the path of a .pth, .pt, .safetensors or .onnx file"
+            "'random', 'bvlc:PATH', None or the path of a .pth, .pt, .safetensors or .onnx file"
         )
     if original:
         changes = {"transform_input": "caffe"}
@@ -126,7 +126,7 @@ def _bundled() -> Found:
 
 
 def random_start(seed: int) -> Found:
-    """Seeded random weights with calibrated batch norm: for networks that no weights fit."""
+    """Seeded random weights with calibrated batch norm, on which activations can be looked at."""
     note = f"random weights (seed {seed}), batch norm calibrated on photographs"
     return Found(None, note, changes={"norm": "batch"})
 
