@@ -19,13 +19,13 @@ Timer.blocked_autorange = lambda self, **_: self.timeit(1)
 """,
     "02_branch_activations": """
 from gnetlab.measure import confound
-whole = confound.branch_confound
-confound.branch_confound = lambda *given, **options: whole(*given, **options | {"steps": 2})
+in_full = confound.branch_confound
+confound.branch_confound = lambda *given, **options: in_full(*given, **options | {"steps": 2})
 """,
     "03_auxiliary_heads": """
 from gnetlab.measure import training
-whole = training.train
-training.train = lambda *given, **options: whole(*given, **options | {"steps": 3})
+in_full = training.train
+training.train = lambda *given, **options: in_full(*given, **options | {"steps": 3})
 training.local_executor = lambda device: None
 """,
     "04_sparse_vs_dense": """
