@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gnetlab as gl
-from gnetlab.measure.latency import device_name
+from gnetlab.measure.devices import device_name
 
 OURS = {
     "GoogLeNet, paper": lambda: gl.googlenet("paper"),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 import gnetlab as gl
-from gnetlab.measure.latency import device_name, resolve_device
+from gnetlab.measure.devices import device_name, resolve_device
 
 
 class Machine(NamedTuple):

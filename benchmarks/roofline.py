@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from costs import NETWORKS, build
 
 import gnetlab as gl
-from gnetlab.measure.latency import device_name, resolve_device
+from gnetlab.measure.devices import device_name, resolve_device
 from gnetlab.measure.layers import layer_times
 from gnetlab.measure.roofline import agreement, calibrate
 

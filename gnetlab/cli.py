@@ -506,7 +506,7 @@ def train(
     Example: gnetlab train bundled --output weights/bundled.safetensors
     """
     from gnetlab.measure.bundled import train_bundled
-    from gnetlab.measure.latency import resolve_device
+    from gnetlab.measure.devices import resolve_device
 
     if what != "bundled":
         raise _usage_error(f"train {what} asked; there is one recipe: bundled")
@@ -524,7 +524,7 @@ def info() -> None:
     """Say what is here: versions, device, weights in the cache, data."""
     import importlib.metadata
 
-    from gnetlab.measure.latency import device_name, resolve_device
+    from gnetlab.measure.devices import device_name, resolve_device
     from gnetlab.net import data, weights
     from gnetlab.report.machine import PACKAGES
 

@@ -165,6 +165,11 @@ def test_mode_and_hooks_are_restored_after_an_error(batches):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_no_images_are_an_error():
+    with pytest.raises(ValueError, match="no images given"):
+        branch_statistics(small(), [])
+
+
 def test_a_model_without_inception_modules_is_an_error():
     with pytest.raises(ValueError, match="Sequential has no Inception modules"):
         branch_statistics(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 8, 8))

@@ -310,8 +310,10 @@ class TestEntering:
             "_look",
             lambda self: {a: (differs, False) for a, (differs, _) in look(self).items()},
         )
-        with pytest.raises(ReportError, match=r"--device cuda asked, but no worker at .*GPU=1"):
-            enter(client.scheduler.address, jobs)
+        for device in ("cuda", "cuda:1"):
+            jobs[0].parameters["device"] = device
+            with pytest.raises(ReportError, match=rf"--device {device} asked, but no .*GPU=1"):
+                enter(client.scheduler.address, jobs)
 
     def test_distributed_is_not_installed(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "distributed", None)

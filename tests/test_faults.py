@@ -475,8 +475,33 @@ class TestParallel:
         running.begin(on_gpu[2])
         assert (on_gpu[2].status, running.free_gpus) == ("failed", ["GPU-a"])  # given back
         monkeypatch.setattr(machine, "available_cores", lambda: 64)
-        assert machine.bearable_workers("auto") == 2
-        assert machine.bearable_workers("cpu") == 4
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**11))
+        borne = {device: machine.bearable_workers(device) for device in ("auto", "cuda", "cuda:1")}
+        assert borne == {"auto": 2, "cuda": 2, "cuda:1": 1}
+        assert (machine.bearable_workers("cpu"), machine.bearable_workers("mps")) == (4, 1)
+
+    def test_a_gpu_by_its_number_is_that_one(self, monkeypatch, tmp_path):
+        """The number counts all GPUs that the user lets be seen, so they all stay visible."""
+        monkeypatch.setattr(machine, "gpus", lambda: [{"id": "GPU-a"}, {"id": "GPU-b"}])
+        devices = {"a": "cuda:1", "b": "cuda:1", "c": "auto", "d": "mps", "e": "cuda:7"}
+        jobs = {n: planning.Job(n, Path(), "", {"device": d}, 1) for n, d in devices.items()}
+        given = {}
+
+        def start(_self, job, _part, environment, _timeout):
+            given[job.name] = environment
+
+        monkeypatch.setattr(runner.Here, "start", start)
+        running = runner._Run(tmp_path, lambda _: None, runner.Here(8), None)
+        running.begin(jobs["a"])
+        assert running.free_gpus == ["GPU-a"]
+        assert not running.fits(jobs["b"])
+        for name in "cde":  # the last fails where it runs, and says why
+            assert running.fits(jobs[name])
+            running.begin(jobs[name])
+        visible = {name: found.get("CUDA_VISIBLE_DEVICES") for name, found in given.items()}
+        assert visible == {"a": None, "c": "GPU-a", "d": None, "e": None}
+        assert given["d"]["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
+        assert running.free_gpus == []
 
     def test_little_memory_bears_one_notebook(self, monkeypatch):
         monkeypatch.setattr(machine, "available_cores", lambda: 64)

@@ -163,6 +163,18 @@ def test_reduce_runs_over_any_number_of_forward_passes(model, images, names):
         assert len(set(direct)) == 3
 
 
+def test_reduce_goes_on_from_a_recording_before(model, images):
+    def count(state, maps):
+        return (state or 0) + len(maps)
+
+    with record(model, "conv1", reduce=count) as first:
+        model(images)
+    with record(model, ["conv1", "fc"], reduce=count, start=first) as second:
+        model(images)
+    assert dict(first) == {"conv1": len(images)}
+    assert dict(second) == {"conv1": 2 * len(images), "fc": len(images)}
+
+
 def test_reduce_keeps_no_maps(model, images):
     outputs, alive = [], []
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode
 from gnetlab.net.model import GoogLeNet, Inception
 
@@ -65,8 +66,9 @@ def branch_ablation(
 
 def _scores(logits: Tensor, labels: Tensor) -> Tensor:
     """Per image: whether the class is right (0 or 1), and its logit."""
-    right = (logits.argmax(1) == labels).double()
-    return torch.stack([right, logits.gather(1, labels[:, None])[:, 0].double()], dim=1)
+    right = logits.argmax(1) == labels
+    scores = logits.gather(1, labels[:, None])[:, 0]
+    return torch.stack([float64(right), float64(scores)], dim=1)
 
 
 def _row(name: str, kind: str, changes: Tensor, whole: float) -> dict[str, object]:
@@ -97,7 +99,7 @@ def _channel_means(
         for name, step in steps:
             x = step(x)
             if isinstance(step, Inception):
-                sums[name] = sums.get(name, 0) + x.double().mean((2, 3)).sum(0)
+                sums[name] = sums.get(name, 0) + float64(x).mean((2, 3)).sum(0)
     count = sum(len(labels) for _, labels in batches)
     return {name: total / count for name, total in sums.items()}
 

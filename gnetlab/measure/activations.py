@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode, record
+from gnetlab.measure.memory import in_parts
 from gnetlab.net.model import GoogLeNet, branch_names, build
 from gnetlab.net.weights import calibrate_batch_norm
 
@@ -38,9 +40,9 @@ def _accumulate(sums: _Sums | None, maps: Tensor) -> _Sums:
     norms = [torch.linalg.vector_norm(maps, order, (2, 3), dtype=wide) for order in (2, 0)]
     new = _Sums(
         maps.numel() // maps.shape[1],
-        maps.sum((2, 3), dtype=wide).double().sum(0),
-        norms[0].double().square().sum(0),
-        norms[1].double().sum(0),
+        float64(maps.sum((2, 3), dtype=wide)).sum(0),
+        float64(norms[0]).square().sum(0),
+        float64(norms[1]).sum(0),
     )
     return new if sums is None else _Sums(*(a + b for a, b in zip(sums, new, strict=True)))
 
@@ -61,7 +63,7 @@ def add_moments(moments: Moments | None, maps: Tensor) -> Moments:
     """A `reduce=` for `record`."""
     values = maps.transpose(0, 1).flatten(1).float()
     # Half precision would overflow, and float32 sums over all images would lose digits.
-    new = Moments(values.shape[1], values.sum(1).double(), (values @ values.T).double())
+    new = Moments(values.shape[1], float64(values.sum(1)), float64(values @ values.T))
     if moments is None:
         return new
     return Moments(*(a + b for a, b in zip(moments, new, strict=True)))
@@ -91,10 +93,32 @@ def _streamed(
             f"{type(model).__name__} has no Inception modules of gnetlab; load torchvision's "
             "weights into gnetlab.googlenet('torchvision') instead"
         )
-    evaluating = in_mode(model, training=False)
-    with evaluating, torch.no_grad(), record(model, names, reduce=reduce) as states:
+    return streamed(model, names, batches, reduce)
+
+
+def streamed(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Tensor | Iterable[Tensor],
+    reduce: Callable[[Any, Tensor], Any],
+) -> dict[str, Any]:
+    """`record(model, names, reduce=reduce)` over batches, in eval mode: name -> last state.
+
+    A batch that does not fit into memory goes through in halves: `reduce` must treat images alike,
+    and return a new state rather than change the one it is given.
+    """
+    names, states = list(names), {}
+
+    def go_on(images: Tensor) -> None:
+        with record(model, names, reduce=reduce, start=states) as found:
+            model(images)
+        states.update(found)  # not where memory ran out on the way
+
+    with in_mode(model, training=False), torch.no_grad():
         for batch in [batches] if isinstance(batches, Tensor) else batches:
-            model(batch)
+            in_parts(lambda part, batch=batch: go_on(batch[part]), len(batch))
+    if not states:
+        raise ValueError("no images given; give at least one batch, N x C x H x W")
     return states
 
 

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode, observe
+from gnetlab.measure.memory import in_parts
 from gnetlab.net.model import branch_names
 
 METHODS = ("gradient_x_activation", "grad_cam", "conductance")
@@ -74,16 +76,21 @@ def branch_attribution(
         raise ValueError(f"steps={steps} asked; a path has at least 1 (the default is 20)")
     with in_mode(model, training=False):
         labels = _labels(model, images, targets)
-        if method == "conductance":
-            maps, difference = _conductance(model, images, labels, names, steps)
-        else:
-            weigh = _grad_cam if method == "grad_cam" else _gradient_x_activation
-            _, pairs = _passed(model, images, labels, names)
-            maps, difference = [weigh(*pair) for pair in pairs], None
-    result = Attribution(
-        (name, m.float().cpu().numpy()) for name, m in zip(names, maps, strict=True)
-    )
-    result.targets, result.difference = labels.cpu().numpy(), difference
+
+        def explain(part: slice) -> tuple[list[np.ndarray], np.ndarray | None]:
+            given = model, images[part], labels[part], names
+            if method == "conductance":
+                maps, difference = _conductance(*given, steps)
+            else:
+                weigh = _grad_cam if method == "grad_cam" else _gradient_x_activation
+                maps, difference = [weigh(*pair) for pair in _passed(*given)[1]], None
+            return [m.float().cpu().numpy() for m in maps], difference
+
+        maps, differences = zip(*in_parts(explain, len(images)), strict=True)
+    joined = map(np.concatenate, zip(*maps, strict=True))
+    result = Attribution(zip(names, joined, strict=True))
+    result.targets = labels.cpu().numpy()
+    result.difference = np.concatenate(differences) if method == "conductance" else None
     return result
 
 
@@ -163,7 +170,7 @@ def _conductance(
                 for total, (output, slope), (last, gradient) in zip(maps, now, before, strict=True)
             ]
         before = now
-    return maps, (logits - first).double().cpu().numpy()
+    return maps, float64(logits - first).cpu().numpy()
 
 
 def image_attribution(

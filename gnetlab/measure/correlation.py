@@ -12,11 +12,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
-from gnetlab.measure.activations import Moments, add_moments
-from gnetlab.measure.hooks import in_mode, record
+from gnetlab.measure.activations import Moments, add_moments, streamed
 from gnetlab.net.model import GoogLeNet, Inception
 
 
@@ -47,10 +45,7 @@ def branch_correlation(
             "gnetlab.googlenet('torchvision') instead"
         )
     modules = {n: m for n, m in model.named_children() if isinstance(m, Inception)}
-    evaluating = in_mode(model, training=False)
-    with evaluating, torch.no_grad(), record(model, modules, reduce=add_moments) as moments:
-        for batch in [batches] if isinstance(batches, Tensor) else batches:
-            model(batch)
+    moments = streamed(model, modules, batches, add_moments)
     random = np.random.default_rng(seed)
     rows = []
     for name, module in modules.items():

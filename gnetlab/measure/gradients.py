@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64, fork_random
 from gnetlab.measure.hooks import in_mode, observe
+from gnetlab.measure.memory import in_one_piece
 from gnetlab.net.model import googlenet
 
 HEAD_WEIGHT = 0.3
@@ -83,7 +85,7 @@ class _Split(NamedTuple):
         layout, blocks = [], []
         for name, by_source in self.gradients.items():
             rows = [self.tensors[name].detach(), *by_source.values()]
-            rows = torch.stack(rows).flatten(1).double()
+            rows = float64(torch.stack(rows).flatten(1))
             layout.append((name, tuple(by_source)))
             blocks.append((rows @ rows.T).flatten())
         return _Products(layout, torch.cat(blocks) if blocks else torch.empty(0))
@@ -149,6 +151,7 @@ def _look(
         _as_before(model, images.device),
         torch.enable_grad(),
         torch.autocast(images.device.type, enabled=False),
+        in_one_piece(len(images), "batch norm and the mean loss see the whole batch"),
         observe(
             model, names, lambda n, _m, _i, output: seen.update({n: (output, output._version)})
         ),
@@ -177,8 +180,7 @@ def _output_names(model: nn.Module) -> list[str]:
 @contextlib.contextmanager
 def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), in_mode(model, training=True):
+    with fork_random(device), in_mode(model, training=True):
         try:
             yield
         finally:
@@ -292,16 +294,16 @@ def gradient_noise(
     cosines: dict[tuple[str, str], list[float]] = {}
     count, device = 0, next(model.parameters()).device
     for images, targets in batches:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with fork_random(device):
             torch.manual_seed(seed + count)
             layers, _ = _look(model, images, targets, head_weight, outputs=False)
         count += 1
         for name, sources, matrix in layers.products().matrices():
             parts = layers.gradients[name]
-            parts["total"] = sum(part.double() for part in parts.values())
+            parts["total"] = sum(map(float64, parts.values()))
             for i, source in enumerate(sources, start=1):
                 before = sums.setdefault(name, {}).get(source, 0)
-                sums[name][source] = before + parts[source].double()
+                sums[name][source] = before + float64(parts[source])
                 energies.setdefault((name, source), []).append(matrix[i, i])
                 cosine = _ratio(matrix[i, 1], (matrix[i, i] * matrix[1, 1]) ** 0.5)
                 cosines.setdefault((name, source), []).append(
@@ -403,7 +405,7 @@ class GradientRecorder:
     def _table(self) -> np.ndarray:
         if not self._norms:
             return np.empty((0, len(self._layers)))
-        return torch.stack(self._norms).double().cpu().numpy()
+        return float64(torch.stack(self._norms)).cpu().numpy()
 
     def splits(self) -> pd.DataFrame:
         """Columns: `step` (updates made before) and those of `gradient_flow`."""
@@ -462,8 +464,7 @@ def at_initialization(
     ):
         model = googlenet(norm=norm_value, init=init_value, seed=seed, **network)
         batch = data.train_batch(0, batch_size, seed)
-        cuda = [data.device] if data.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with fork_random(data.device):
             torch.manual_seed(seed)  # dropout
             layers, outputs = _look(model.to(data.device), *batch, HEAD_WEIGHT, outputs=True)
         columns = ["module", "stage", "source", "flow"]

@@ -145,6 +145,7 @@ def record(
     names: str | Iterable[str],
     *,
     reduce: Callable[[Any, Tensor], Any] | None = None,
+    start: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     clone: bool = False,
@@ -155,6 +156,7 @@ def record(
     names    a dotted name or several, as `model.named_modules()` and `branch_names(model)` have
     reduce   `reduce(state, maps) -> state`, called with every output, `state` None at first; the
              recording then holds the last state. Any number of forward passes, constant memory
+    start    states by name, from a recording before, to go on from
     device, dtype   where and as what to keep the (detached) maps
     clone    keep a copy, for models that change their maps in place afterwards
     training  allow a model in training mode: every forward pass moves its batch norm's statistics,
@@ -182,6 +184,7 @@ def record(
     modules = dict.fromkeys(n for name in names for n in (name, name.rpartition(".")[0]))
     slices = {name: getattr(_submodule(model, name), "branch_slices", None) for name in modules}
     recording = Recording({name: found for name, found in slices.items() if found})
+    recording._values.update(start or {})
     seen: set[str] = set()
     parts = _parts(model, names)
 

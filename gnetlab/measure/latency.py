@@ -1,8 +1,6 @@
 """How long a forward pass or a training step takes on a device, and what memory it needs.
 
 `measure_latency()`  median time, spread, throughput, peak memory per configuration and batch size
-`resolve_device()`   "auto" -> CUDA where there is one, else CPU
-`device_name()`      the device in words, for footers
 """
 
 from __future__ import annotations
@@ -11,10 +9,8 @@ import contextlib
 import copy
 import itertools
 import logging
-import platform
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -22,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gnetlab.measure.devices import fork_random, resolve_device, tell
 from gnetlab.measure.hooks import in_mode
+from gnetlab.measure.memory import fitting_batch_size, halving
 
 KNOWN = {  # what can be compared, beside models and batch sizes
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -34,44 +32,6 @@ KNOWN = {  # what can be compared, beside models and batch sizes
 
 LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 Setting = namedtuple("Setting", KNOWN)  # one choice of each
-
-
-def resolve_device(device: str = "auto") -> torch.device:
-    """A torch device; "auto" takes CUDA where it works. Raises ValueError for one that is absent.
-
-    >>> resolve_device("cpu")
-    device(type='cpu')
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r} asked; choose 'auto', 'cpu' or 'cuda'") from error
-    backends = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
-    backend = backends.get(found.type)
-    there = backend is not None and backend.is_available()
-    if not there or (found.index or 0) >= getattr(backend, "device_count", lambda: 1)():
-        raise ValueError(
-            f"device={device!r} asked, but PyTorch finds no {found.type.upper()} device of this "
-            "number (a missing driver, or a build of PyTorch without it?); use device='auto' or "
-            "'cpu'"
-        )
-    return found
-
-
-def device_name(device: torch.device | str) -> str:
-    """The device in words: the GPU's name, or the CPU's model and PyTorch's thread count."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"{name} ({threads} thread{'s' * (threads > 1)})"
 
 
 def measure_latency(
@@ -102,9 +62,12 @@ def measure_latency(
     `seconds` (median per batch), `iqr` (interquartile range, seconds), `runs`,
     `images_per_second`, `peak_memory` (bytes beyond weights and images; CUDA only, else NA).
 
+    A batch size that does not fit into memory, for one of the models, is halved for all, as
+    `gnetlab.measure.memory` says, and told of; `batch_size` is what was measured, each once.
+
     Models and random state stay as they are: where a model would have to change, a copy is
     measured, one per dtype, format and step. Raises ValueError for a value it does not know,
-    RuntimeError where torch.compile finds no compiler.
+    RuntimeError where torch.compile finds no compiler or half a batch does not fit either.
     """
     if isinstance(models, nn.Module):
         models = {type(models).__name__: models}
@@ -116,9 +79,10 @@ def measure_latency(
             "more of each, batch sizes as whole numbers from 1, and a time above 0 seconds"
         )
     device = torch.empty(0, device=resolve_device(str(device))).device  # "cuda" with its index
-    rows, ready, keys = [], {}, list(itertools.product(settings, models))
+    settings = _possible(settings, device)
+    ready, keys = {}, list(itertools.product(settings, models))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(fork_random(device))
         if any(setting.mode != "eager" for setting in settings):
             # Past the limit, which is per line of source and not per model, torch runs eagerly.
             limits = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 10_000)
@@ -126,11 +90,44 @@ def measure_latency(
         for setting, name in keys:
             if (name, setting[:3]) not in ready:  # eager and compiled share weights
                 ready[name, setting[:3]] = _prepared(name, models[name], setting, device, stack)
+        measured: dict[int, list[dict[str, Any]]] = {}
+
+        def measure(size: int) -> None:
+            if size not in measured:
+                shape = (size, *input_size)
+                runs = {(n, s): _run(ready[n, s[:3]], shape, s, device) for s, n in keys}
+                measured[size] = _take_turns(runs, size, device, rounds, min_run_time)
+
         for size in batch_sizes:
-            shape = (size, *input_size)
-            runs = {(n, s): _run(ready[n, s[:3]], shape, s, device) for s, n in keys}
-            rows += _take_turns(runs, size, device, rounds, min_run_time)
+            size = _fitting(ready, input_size, size, device)
+            halving(measure, size, result=", for all models")
+    rows = itertools.chain.from_iterable(measured.values())
     return pd.DataFrame(rows).astype({"peak_memory": "Int64"})
+
+
+def _fitting(
+    ready: Mapping[tuple, nn.Module], input_size: tuple[int, ...], size: int, device: torch.device
+) -> int:
+    """The batch size that fits for all, whatever step they are to take."""
+    for training in (False, True):
+        models = [m for (_, setting), m in ready.items() if (setting[2] == "training") == training]
+        size = fitting_batch_size(models, input_size, size, device=device, training=training)
+    return size
+
+
+def _possible(settings: list[Setting], device: torch.device) -> list[Setting]:
+    """Without what ends the process on MPS: average pooling's gradient in channels-last memory."""
+    if device.type != "mps":
+        return settings
+    possible = [s for s in settings if not (s.channels_last and s.step == "training")]
+    if not possible:
+        raise ValueError(
+            "channels_last=True, step='training' asked on MPS, where PyTorch's average pooling has "
+            "no gradient in that memory format; use channels_last=False or device='cpu'"
+        )
+    if len(possible) < len(settings):
+        tell("on MPS training steps are not measured in channels-last memory: PyTorch fails there")
+    return possible
 
 
 def _settings(*asked: Any) -> list[Setting]:

@@ -17,16 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gnetlab.measure.costs import layer_costs
+from gnetlab.measure.devices import wait
 from gnetlab.measure.hooks import in_mode
+from gnetlab.measure.memory import in_one_piece
 from gnetlab.measure.rules import DROPOUTS, MORE_VIEWS, VIEWS
 from gnetlab.measure.shapes import intercept
 from gnetlab.net.fuse import fuse
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class _Stopwatch(TorchFunctionMode):
@@ -69,6 +65,7 @@ class _Stopwatch(TorchFunctionMode):
 
     def mark(self):
         if self.device.type != "cuda":
+            wait(self.device)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -90,11 +87,13 @@ def layer_times(
     """Measured time of every layer in eval mode, on the device and in the layout of `images`.
 
     The model must be there already. Returns `layer_costs` of one image with `seconds` (median per
-    batch over `rounds`, after two that warm up). On CUDA the times are between events.
+    batch over `rounds`, after two that warm up). On CUDA the times are between events; on MPS every
+    layer is waited for. Raises RuntimeError if the images do not fit into memory.
     """
     costs = layer_costs(model, tuple(images.shape[1:]))
     runs = []
-    with torch.inference_mode(), in_mode(model, training=False):
+    whole = in_one_piece(len(images), "half a batch takes another time")
+    with torch.inference_mode(), in_mode(model, training=False), whole:
         for _ in range(rounds + 2):
             watch = _Stopwatch(model, images.device)
             with intercept(watch.paths, watch.call), watch:

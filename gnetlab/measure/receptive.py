@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode, observe
 from gnetlab.net.model import GoogLeNet, Inception
 
@@ -102,7 +103,7 @@ def effective_receptive_fields(
             y, x = (side // 2 for side in outputs[row.module].shape[2:])
             unit = outputs[row.module][:, :, y, x].sum()
             (gradient,) = torch.autograd.grad(unit, images, retain_graph=True)
-            energy = gradient.double().square().sum((0, 1)).cpu().numpy()
+            energy = float64(gradient).square().sum((0, 1)).cpu().numpy()
             energies[row.module] = energy / max(energy.sum(), 1e-300)
             middle = [row.start + i * row.stride + (row.size - 1) / 2 for i in (y, x)]
             sizes.append(_side_holding(energies[row.module], middle, share))

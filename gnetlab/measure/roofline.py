@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnetlab.measure.latency import device_name
-from gnetlab.measure.layers import layer_times, wait
+from gnetlab.measure.devices import device_name, wait
+from gnetlab.measure.layers import layer_times
 
 PREDICTORS = ("macs", "roofline", "calibrated")
 

@@ -27,6 +27,7 @@ from torch.backends import cudnn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gnetlab.measure.devices import resolve_device, wait
 from gnetlab.measure.hooks import in_mode
 from gnetlab.net.architecture import TABLE_1
 from gnetlab.net.model import ConvUnit, GoogLeNet, Inception
@@ -156,9 +157,10 @@ def sparse_speed(
     (interquartile range, seconds), `runs`, `device`, `threads`, `batch_size`, `ratio` (seconds
     over those of "dense 5x5" in the same dtype, stage and batch size).
 
-    Raises ValueError for an unknown stage, RuntimeError for a form whose output differs.
+    Raises ValueError for an unknown stage, or a device without sparse matrices (MPS; "auto" takes
+    the CPU there), RuntimeError for a form whose output differs.
     """
-    device, frames = torch.device(device), []
+    device, frames = resolve_device(str(device), sparse=True), []
     for stage in stages:
         if stage not in SIZES:
             raise ValueError(f"stage {stage!r} asked; choose from {', '.join(SIZES)}")
@@ -314,12 +316,11 @@ def _take_turns(
 
 def _seconds(call: Callable[[], Tensor], count: int, device: torch.device) -> float:
     """Seconds per call, over `count` calls in a row."""
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
-    wait()
+    wait(device)
     start = time.perf_counter()
     for _ in range(count):
         call()
-    wait()
+    wait(device)
     return (time.perf_counter() - start) / count
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gnetlab.measure.costs import locate
+from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode, record
 from gnetlab.net.architecture import MODULES, Widths
 from gnetlab.net.data import DEVIATION, MEAN
@@ -80,7 +81,7 @@ def _respond(state: list[Tensor] | None, maps: Tensor) -> list[Tensor]:
     top, left = (side // 4 for side in maps.shape[2:])
     middle = maps[:, :, top : maps.shape[2] - top, left : maps.shape[3] - left]
     response = middle.float().mean((2, 3)).unflatten(0, (-1, PHASES)).mean(1)
-    return [*(state or []), response.double().cpu()]
+    return [*(state or []), float64(response).cpu()]
 
 
 def channel_selectivity(model: GoogLeNet, *, size: int = 128, batch_size: int = 60) -> pd.DataFrame:

@@ -269,7 +269,8 @@ def early_inception(
     Columns: `stem` ("plain", "inception"), `macs`, `training_macs` (forward and backward, heads
     included), `parameters` (heads included), `stored_bytes` (activations kept for the backward
     pass), `stem_bytes` (those of the stem alone), for one image; `step_seconds`, the time of a
-    training step on `device` (seconds per batch; NA without one).
+    training step on `device` (seconds per batch), and `batch_size`, how many images that is (fewer
+    than asked if they do not fit into memory); both NA without a device.
     """
     rows, models = [], {}
     for name, stem in (("plain", "paper"), ("inception", "inception")):
@@ -289,9 +290,9 @@ def early_inception(
         )
     frame = pd.DataFrame(rows)
     if device is None:
-        return frame.assign(step_seconds=np.nan)
+        return frame.assign(step_seconds=np.nan, batch_size=pd.array([pd.NA] * 2, "Int64"))
     steps = measure_latency(
         models, input_size=(3, side, side), device=device, step="training",
         batch_sizes=(batch_size,), min_run_time=min_run_time, rounds=3,
     )  # fmt: skip
-    return frame.assign(step_seconds=steps.seconds)
+    return frame.assign(step_seconds=steps.seconds, batch_size=steps.batch_size.astype("Int64"))

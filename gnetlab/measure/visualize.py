@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from gnetlab.measure.costs import locate
 from gnetlab.measure.hooks import in_mode, observe
+from gnetlab.measure.memory import in_parts
 from gnetlab.net import data
 
 OBJECTIVES = ("channel", "neuron")
@@ -104,25 +105,14 @@ def visualize_channel(
         raise ValueError(f"steps={steps}, size={size} asked; give steps >= 0 and size >= 1")
     channels = [channels] if isinstance(channels, int | np.integer) else list(channels)
     channels = [c.item() if isinstance(c, Tensor) else c for c in channels]
-    generator = torch.Generator().manual_seed(seed)
-    like = next(model.parameters())
     with torch.enable_grad(), in_mode(model, training=False):
-        units = _units(model, name, channels, like.new_zeros(1, 3, size, size))
-        # The same start for every channel: alone or among others, it ends at the same image.
-        noise = START * torch.randn(3, size, size // 2 + 1, 2, generator=generator)
-        spectrum = noise.to(like.device).repeat(len(units), 1, 1, 1, 1).requires_grad_()
-        optimizer = torch.optim.Adam([spectrum], learning_rate)
-        with torch.no_grad():
-            start = _excitation(model, units, objective, _image(spectrum, size).to(like))
-        for _ in range(steps):
-            image = _image(spectrum, size)
-            image = _transformed(image, generator) if transform else image
-            total = _excitation(model, units, objective, image.to(like)).sum()
-            spectrum.grad = -torch.autograd.grad(total, spectrum)[0]  # and nothing else's
-            optimizer.step()
-        with torch.no_grad():
-            image = _image(spectrum, size)
-            reached = _excitation(model, units, objective, image.to(like))
+        units = _units(model, name, channels, next(model.parameters()).new_zeros(1, 3, size, size))
+
+        def excite(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            options = objective, learning_rate, transform, seed
+            return _ascent(model, units[part], steps, size, *options)
+
+        image, start, reached = map(torch.cat, zip(*in_parts(excite, len(units)), strict=True))
     rows = []
     for unit, *values in zip(units, start.tolist(), reached.tolist(), strict=True):
         values = [max(value, 0.0) if unit.rectified else value for value in values]
@@ -132,6 +122,30 @@ def visualize_channel(
     frame = pd.DataFrame(rows, columns=columns).astype({"concat_index": "Int64"})
     pixels = (image * 255).round().byte().permute(0, 2, 3, 1)
     return Visualized(pixels.cpu().numpy(), frame)
+
+
+def _ascent(
+    model: nn.Module, units: list[_Unit], steps: int, size: int, objective: str,
+    learning_rate: float, transform: bool, seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Images (N x 3 x size x size), and how much they excite their units before and after (N)."""
+    generator, like = torch.Generator().manual_seed(seed), next(model.parameters())
+    # The same start for every channel: alone or among others, it ends at the same image.
+    noise = START * torch.randn(3, size, size // 2 + 1, 2, generator=generator)
+    spectrum = noise.to(like.device).repeat(len(units), 1, 1, 1, 1).requires_grad_()
+    optimizer = torch.optim.Adam([spectrum], learning_rate)
+    with torch.no_grad():
+        start = _excitation(model, units, objective, _image(spectrum, size).to(like))
+    for _ in range(steps):
+        image = _image(spectrum, size)
+        image = _transformed(image, generator) if transform else image
+        total = _excitation(model, units, objective, image.to(like)).sum()
+        spectrum.grad = -torch.autograd.grad(total, spectrum)[0]  # and nothing else's
+        optimizer.step()
+    with torch.no_grad():
+        image = _image(spectrum, size)
+        reached = _excitation(model, units, objective, image.to(like))
+    return image, start, reached
 
 
 def _units(model: nn.Module, name: str, channels: list[int], blank: Tensor) -> list[_Unit]:

@@ -193,11 +193,11 @@ def _unknown(name: str, found: nn.Module) -> ValueError:
 @torch.no_grad()
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight and bias with batch norm in them; in double, for half-precision networks too."""
-    weight = conv.weight.double()
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+    weight = conv.weight.cpu().double()  # MPS has no double
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.cpu().double()
     if norm is not None:
-        mean, variance = norm.running_mean.double(), norm.running_var.double()
-        scale, shift = (None if t is None else t.double() for t in (norm.weight, norm.bias))
+        parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        mean, variance, scale, shift = (None if t is None else t.cpu().double() for t in parts)
         weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
     return weight.to(conv.weight), bias.to(conv.weight)
 

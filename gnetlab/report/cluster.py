@@ -87,10 +87,12 @@ class Cluster:
                     f"{differs}. Install the same gnetlab and packages there, and start it again"
                 )
         self.gpus = any(gpu for _, gpu in found.values())
-        if not self.gpus and any(job.parameters.get("device") == "cuda" for job in self.jobs):
+        devices = [str(job.parameters.get("device")) for job in self.jobs]
+        asked = next((device for device in devices if device.startswith("cuda")), None)
+        if asked and not self.gpus:
             raise ReportError(
-                f"--device cuda asked, but no worker at {self.address} offers a GPU; start one per "
-                "GPU, with its CUDA_VISIBLE_DEVICES and --resources GPU=1"
+                f"--device {asked} asked, but no worker at {self.address} offers a GPU; start one "
+                "per GPU, with its CUDA_VISIBLE_DEVICES and --resources GPU=1"
             )
         self.workers = self.workers or len(found)
 

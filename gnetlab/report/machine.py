@@ -73,11 +73,16 @@ def _cpu() -> str:
 
 
 def bearable_workers(device: str) -> int:
-    """Notebooks that this machine bears at a time: two cores and 4 GB each, and a GPU each."""
+    """Notebooks that this machine bears at a time: two cores and 4 GB each, and a GPU each.
+
+    `device`: "auto", "cpu", "cuda", "cuda:1" (that GPU alone) or "mps" (a machine has one).
+    """
     import psutil
 
     by_memory = psutil.virtual_memory().available // (_GB_PER_NOTEBOOK * 10**9)
     most = min(4, available_cores() // 2, by_memory)
-    if device != "cpu" and gpus():
+    if ":" in device or device == "mps":
+        most = 1
+    elif device != "cpu" and gpus():
         most = min(most, len(gpus()))
     return max(1, most)

@@ -197,7 +197,8 @@ class _Run:
     ) -> None:
         self.output, self.progress, self.place, self.timeout = output, progress, place, timeout
         self.running: list[_Slot] = []
-        self.free_gpus = [gpu["id"] for gpu in machine.gpus()] if isinstance(place, Here) else []
+        self.gpus = [gpu["id"] for gpu in machine.gpus()] if isinstance(place, Here) else []
+        self.free_gpus = list(self.gpus)
 
     def all(self, jobs: list[Job]) -> None:
         waiting = list(jobs)
@@ -221,9 +222,17 @@ class _Run:
         here = isinstance(self.place, Here)
         if here and (job.alone or any(slot.job.alone for slot in self.running)):
             return not self.running
-        if _wants_gpu(job) and not self.free_gpus and any(slot.gpu for slot in self.running):
+        usable = self.usable(job)
+        if usable and not set(usable) & set(self.free_gpus):
             return False
         return len(self.running) < self.place.workers
+
+    def usable(self, job: Job) -> list[str]:
+        """NVIDIA GPUs that would do for a job: any, or the one of its device's number."""
+        kind, _, number = str(job.parameters.get("device")).partition(":")
+        if kind in ("cpu", "mps"):
+            return []
+        return self.gpus[int(number) :][:1] if number.isdigit() else self.gpus
 
     def begin(self, job: Job) -> None:
         part = self.output / f".part-{job.name}"
@@ -232,10 +241,12 @@ class _Run:
         environment = {
             "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not a user's own
             "GNETLAB_BATCH": "1",  # nobody is there to move a slider
+            "PYTORCH_ENABLE_MPS_FALLBACK": "1",  # what MPS lacks runs on the CPU
         }
-        gpu = None
-        if _wants_gpu(job) and self.free_gpus:
-            gpu = self.free_gpus.pop(0)
+        gpu = next((gpu for gpu in self.usable(job) if gpu in self.free_gpus), None)
+        if gpu:
+            self.free_gpus.remove(gpu)
+        if gpu and ":" not in str(job.parameters.get("device")):  # its number counts all of them
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         try:
             part.mkdir()
@@ -321,7 +332,3 @@ class _Run:
                 manifest.write(log, manifest.without_home(log.read_text(errors="replace")))
             manifest.replace(part, self.output / "failed" / job.name)
             job.folder = self.output / "failed" / job.name
-
-
-def _wants_gpu(job: Job) -> bool:
-    return job.parameters.get("device") != "cpu"
