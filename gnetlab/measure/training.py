@@ -35,8 +35,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.devices import device_name, resolve_device
+from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.loop import METRICS, check_options, train
 from gnetlab.net.architecture import architecture
 from gnetlab.net.data import check_name, load
