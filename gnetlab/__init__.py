@@ -1,4 +1,21 @@
-"""GoogLeNet, measured. The public names; each is loaded when it is first used."""
+"""GoogLeNet (Szegedy et al. 2014, arXiv 1409.4842), measured.
+
+The network    googlenet, PRESETS, TABLE_1, branch_names, fuse
+Images         photographs
+Costs          layer_costs, roofline, measure_latency
+Feature maps   record, branch_statistics, branch_correlation, receptive_fields, explore
+Decisions      branch_attribution, branch_ablation, visualize_channel, channel_selectivity
+Training       gradient_flow, train, study
+
+`help(gnetlab.NAME)` shows arguments, columns, errors and an example. Each name is loaded when it is
+first used. More is in `gnetlab.net`, `gnetlab.measure`, `gnetlab.draw` and `gnetlab.report`;
+`gnetlab --help` is the command line.
+
+>>> import gnetlab as gl
+>>> costs = gl.layer_costs(gl.googlenet("paper", aux=False))
+>>> int(costs.macs.sum()), int(costs.parameters.sum())
+(1582671872, 6998552)
+"""
 
 import importlib
 

@@ -1,4 +1,8 @@
-"""The command line: `gnetlab report | compare | figures | costs | train | info`; it is thin."""
+"""The command line: `gnetlab report | compare | figures | costs | train | info`; it is thin.
+
+`gnetlab COMMAND --help` is made of the docstrings here: a paragraph that begins with a backspace
+keeps its lines. The tests run every example in them.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,49 @@ if TYPE_CHECKING:
     import pandas as pd
 
 app = typer.Typer(
-    help="GoogLeNet, measured: run the notebooks, count costs, look at what is here.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: examples can be copied, and flags have no types
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 USAGE_ERROR, INTERRUPTED = 2, 130
+DEVICES = "auto, cpu, cuda, cuda:1 (the second) or mps"
 
 
 def main() -> None:
     """Entry point of the `gnetlab` command."""
     app()
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from gnetlab import __version__
+
+        typer.echo(f"gnetlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """GoogLeNet, measured: run the notebooks, count costs, look at what is here.
+
+    \b
+    Examples:
+      gnetlab report                        # all notebooks, into reports/fast
+      gnetlab report 02 -p image=coffee     # one of them, on another image
+      gnetlab costs vgg16 googlenet:paper   # multiply-adds, parameters, bytes
+      gnetlab info                          # versions, device, weights, data
+
+    `gnetlab COMMAND --help` says more of each.
+    """
 
 
 def _usage_error(message: str) -> typer.Exit:
@@ -51,13 +87,14 @@ def report(
     ] = None,
     profile: Annotated[str, typer.Option(help="fast (2 CPU cores) or full (a GPU).")] = "fast",
     parameter: Annotated[
-        list[str] | None, typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter.")
+        list[str] | None,
+        typer.Option("-p", metavar="NAME=VALUE", help="Set a parameter; may be repeated."),
     ] = None,
     grid: Annotated[
         bool,
         typer.Option("--grid", help="Run every combination of -p NAME=VALUE,VALUE,... given."),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report (default: reports/PROFILE).")
     ] = None,
@@ -67,7 +104,10 @@ def report(
     workers: Annotated[
         int,
         typer.Option(
-            "-j", min=0, help="Notebooks at a time (default: what cores, memory and GPUs bear)."
+            "-j",
+            min=0,
+            show_default=False,
+            help="Notebooks at a time (default: what cores, memory and GPUs bear).",
         ),
     ] = 0,
     timeout: Annotated[
@@ -83,11 +123,22 @@ def report(
         bool, typer.Option("--pdf", help="Print it to report.pdf too, by an installed Chromium.")
     ] = False,
 ) -> None:
-    """Execute the notebooks through papermill and write a report; what has not changed is kept.
+    """Execute the notebooks through papermill and write a report.
 
-    Example: gnetlab report 02 -p image=coffee -p seed=1
+    What has not changed since the report in the same folder is kept.
 
-    Exit status: 0 all done, 1 something failed, 2 wrong usage (nothing was run), 130 interrupted.
+    \b
+    Examples:
+      gnetlab report
+      gnetlab report 02 -p image=coffee -p seed=1
+      gnetlab report 03 -p seed=0,1,2 -p gain=0.6,1.0 --grid
+      gnetlab report --profile full --device cuda --output reports/gpu
+      gnetlab report --scheduler tcp://127.0.0.1:8786 -j 4
+
+    \b
+    Exit status:
+      0 all done, 1 something failed, 2 wrong usage (nothing was run),
+      130 interrupted.
     """
     from gnetlab.report import worker  # noqa: F401, I001  (first: it makes the others quicker)
     from gnetlab.report import machine, page, plan, runner
@@ -99,6 +150,8 @@ def report(
             signal.signal(number, signal.default_int_handler)
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+        raise _usage_error(f"--device {device} asked; choose {DEVICES}")
     output, jobs = (output or Path("reports") / profile).resolve(), []
     try:
         jobs = plan.plan(
@@ -184,11 +237,18 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Say what moved from report A to report B: verdicts, numbers, figures, and what may be why.
+    """Say what moved from report A to report B, and what may be why.
 
-    Example: gnetlab compare figures reports/fast --tolerance 0.01
+    Verdicts, numbers and figures; then what was made differently.
 
-    Exit status: 0 nothing moved, 1 something did, 2 wrong usage.
+    \b
+    Examples:
+      gnetlab compare figures reports/fast
+      gnetlab compare figures reports/fast --tolerance 0.01 --ignore-timing
+
+    \b
+    Exit status:
+      0 nothing moved, 1 something did, 2 wrong usage.
     """
     from gnetlab.report import compare as comparing
 
@@ -280,7 +340,9 @@ def costs(
             "returns a model."
         ),
     ],
-    input_side: Annotated[int, typer.Option("--input", help="Side of the image in pixels.")] = 224,
+    input_side: Annotated[
+        int, typer.Option("--input", min=1, help="Side of the image in pixels.")
+    ] = 224,
     by: Annotated[str, typer.Option(help="total, stage, branch, kind or layer.")] = "stage",
     sort: Annotated[
         str, typer.Option(help="Largest first in this column (else in order of execution).")
@@ -298,9 +360,17 @@ def costs(
     csv: Annotated[Path | None, typer.Option(help="Write the table to this file too.")] = None,
     latex: Annotated[Path | None, typer.Option(help="Write it as a LaTeX table too.")] = None,
 ) -> None:
-    """Count multiply-adds, parameters, bytes and memory, without computing a convolution.
+    """Count multiply-adds, parameters, bytes and memory of networks.
 
-    Example: gnetlab costs vgg16 googlenet:paper --input 224 --by branch --sort macs
+    No convolution is computed, and no memory taken for weights.
+
+    \b
+    Examples:
+      gnetlab costs vgg16 googlenet:paper --by total
+      gnetlab costs googlenet:cifar --input 32 --by branch --sort macs
+      gnetlab costs vgg16 googlenet --compare
+      gnetlab costs googlenet --tools
+      gnetlab costs my_models:make --by layer --all --csv costs.csv
     """
     gc.disable()  # collecting garbage while these are imported takes half a second
     try:
@@ -320,7 +390,9 @@ def costs(
             frames[name] = layer_costs(_model(name), (3, input_side, input_side), training=training)
             if tools:
                 explained.append(explain(frames[name]).assign(model=name))
-        except (ValueError, RuntimeError, TypeError) as error:
+        except RuntimeError as error:  # of the model itself, at this size
+            raise _usage_error(f"{name}: {error}; try another --input") from error
+        except (ValueError, TypeError) as error:
             raise _usage_error(f"{name}: {error}") from error
     everything = pd.concat(
         [frame.assign(model=name) for name, frame in frames.items()], ignore_index=True
@@ -385,9 +457,14 @@ def _model_of_function(module: str, function: str):
     try:
         model = getattr(importlib.import_module(module), function)()
     except ImportError as error:
-        raise ValueError(f"no module {module!r} here or installed ({error})") from error
+        raise ValueError(
+            f"no module {module!r} here or installed ({error}); call from the folder of "
+            f"{module}.py, or install it"
+        ) from error
     except AttributeError as error:
-        raise ValueError(f"module {module!r}: {error}") from error
+        raise ValueError(
+            f"{error}; give MODULE:FUNCTION of a function that returns a model"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{function}() returned {type(model).__name__}; it must return a torch.nn.Module"
@@ -456,13 +533,20 @@ def figures(
         Path | None, typer.Option(help="Folder for the files; default: figures-STYLE, here.")
     ] = None,
 ) -> None:
-    """Draw a report's figures again, for one column of a paper or a page; nothing is measured.
+    """Draw a report's figures again, for a paper's column or a page.
 
-    Example: gnetlab figures latency cost_per_module --style column --format pdf
+    Nothing is measured. Without --style the files are the same as in the report, and go to
+    figures-own.
 
-    Without --style the files are the same as in the report, and go to figures-own.
+    \b
+    Examples:
+      gnetlab figures latency cost_per_module --style column --format pdf
+      gnetlab figures escape --report figures --output paper
 
-    Exit status: 0 drawn, 2 wrong usage, no report, or a stored figure that cannot be drawn.
+    \b
+    Exit status:
+      0 drawn, 2 wrong usage, no report, or a stored figure that cannot be
+      drawn.
     """
     from gnetlab.draw.figures import KINDS
     from gnetlab.draw.redraw import redraw, stored
@@ -498,18 +582,23 @@ def train(
     output: Annotated[
         Path, typer.Option(help="Where the weights go; their card lies beside them.")
     ] = Path("bundled.safetensors"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICES}.")] = "auto",
     steps: Annotated[int | None, typer.Option(help="Fewer steps than the recipe's.")] = None,
 ) -> None:
-    """Train weights by their recipe; an interrupted training goes on where it stopped.
+    """Train weights by their recipe.
 
-    Example: gnetlab train bundled --output weights/bundled.safetensors
+    An interrupted training goes on where it stopped.
+
+    \b
+    Examples:
+      gnetlab train bundled --output weights/bundled.safetensors
+      gnetlab train bundled --steps 100 --output try.safetensors
     """
     from gnetlab.measure.bundled import train_bundled
     from gnetlab.measure.devices import resolve_device
 
     if what != "bundled":
-        raise _usage_error(f"train {what} asked; there is one recipe: bundled")
+        raise _usage_error(f"train {what} asked; there is one recipe: gnetlab train bundled")
     try:
         card = train_bundled(output, device=resolve_device(device), steps=steps)
     except ValueError as error:
@@ -521,7 +610,12 @@ def train(
 
 @app.command()
 def info() -> None:
-    """Say what is here: versions, device, weights in the cache, data."""
+    """Say what is here: versions, device, weights in the cache, data.
+
+    \b
+    Example:
+      gnetlab info
+    """
     import importlib.metadata
 
     from gnetlab.measure.devices import device_name, resolve_device

@@ -42,6 +42,7 @@ def explore(
 ) -> Explorer:
     """Every feature map of every branch over one or several pictures, as one page to click through.
 
+    model      a network of `googlenet()`
     images     a photograph's name, a path, or a `Photograph`; or several of these
     size       side in pixels of the central square that the network sees
     targets    the class that is explained, by number or name, one or one per image (None: the
@@ -57,6 +58,14 @@ def explore(
 
     Raises FileNotFoundError for an unknown image and ValueError for one that cannot be read, no
     images, another network, a class that it does not have, or more maps than a browser can hold.
+
+    >>> import gnetlab as gl
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0)
+    >>> explorer = gl.explore(model, ["cat", "coffee"], size=32, channels=4)
+    >>> explorer.save("explorer.html").name
+    'explorer.html'
+    >>> explorer.statistics.groupby("picture").module.nunique().to_dict()  # branches
+    {'cat': 36, 'coffee': 36}
     """
     classes = classes or getattr(model, "classes", None)
     asked = {"size": size, "targets": targets, "classes": classes, "channels": channels}
@@ -93,7 +102,10 @@ def _measure(
         probabilities = model(pixels).float().softmax(1).cpu()
     count = probabilities.shape[1]
     if classes is not None and len(classes) != count:
-        raise ValueError(f"{len(classes)} names in classes; this network has {count} classes")
+        raise ValueError(
+            f"{len(classes)} names in classes; this network has {count} classes: give one name for "
+            "each, or set model.classes = None"
+        )
     each = [targets] if targets is None or isinstance(targets, int | str) else list(targets)
     each = each * len(opened) if len(each) == 1 else each
     if len(each) != len(opened):

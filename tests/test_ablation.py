@@ -97,3 +97,9 @@ def test_wrong_input_is_refused(model, batches):
         branch_ablation(nn.Sequential(nn.Flatten()), batches)
     with pytest.raises(ValueError, match="no images"):
         branch_ablation(model, [])
+
+
+def test_labels_are_class_numbers(model, batches):
+    images, labels = batches[0]
+    with pytest.raises(ValueError, match=r"torch.float32 were given; .* targets.long\(\)"):
+        branch_ablation(model, [(images, labels.float())])

@@ -165,11 +165,6 @@ def test_mode_and_hooks_are_restored_after_an_error(batches):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_no_images_are_an_error():
-    with pytest.raises(ValueError, match="no images given"):
-        branch_statistics(small(), [])
-
-
 def test_a_model_without_inception_modules_is_an_error():
     with pytest.raises(ValueError, match="Sequential has no Inception modules"):
         branch_statistics(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(1, 3, 8, 8))
@@ -364,3 +359,8 @@ def test_statistics_under_channels_last_and_autocast(batches, statistics):
     for column in ("mean", "energy", "zero_fraction"):
         scale = statistics[column].max()
         np.testing.assert_allclose(half[column], statistics[column], rtol=0.1, atol=0.05 * scale)
+
+
+def test_no_batches():
+    with pytest.raises(ValueError, match="no images were given; give a batch"):
+        branch_statistics(small(), [])

@@ -191,3 +191,11 @@ def test_width_scales_channels_but_keeps_four():
 
 def test_heads_stand_where_section_5_puts_them():
     assert HEAD_AFTER == {"aux1": "4a", "aux2": "4d"}
+
+
+def test_an_unknown_preset_has_a_nearest():
+    with pytest.raises(KeyError, match=r"unknown preset 'papper'. Did you mean 'paper'"):
+        PRESETS["papper"]
+    assert "papper" not in PRESETS
+    with pytest.raises(ValueError, match=r"unknown preset \['paper'\]"):
+        architecture(["paper"])

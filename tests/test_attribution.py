@@ -331,3 +331,8 @@ def test_occlusion_by_hand(images):
 def test_an_unknown_image_method_is_an_error(images):
     with pytest.raises(ValueError, match="'saliency' asked; choose 'integrated_gradients' or"):
         image_attribution(small(), images, method="saliency")
+
+
+def test_a_network_without_branches(images):
+    with pytest.raises(ValueError, match=r"Identity has no Inception modules.*give names="):
+        branch_attribution(torch.nn.Identity(), images)

@@ -277,8 +277,8 @@ def test_another_preset_is_refused(file):
 
 
 def test_a_changed_network_is_refused_with_its_shapes(file):
-    with pytest.raises(ValueError, match=r"fc\.bias: file \(1000,\), network \(10,\)"):
-        googlenet(weights=file, num_classes=10)
+    with pytest.raises(ValueError, match=r"conv1.conv.bias: file \(64,\), network \(32,\)"):
+        googlenet(weights=file, width=0.5)
 
 
 @pytest.mark.parametrize("spoil", [lambda c: c[: len(c) // 2], lambda _: b"version https://git"])

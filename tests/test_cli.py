@@ -1,6 +1,8 @@
 """The command line: tables, files and exit statuses."""
 
+import contextlib
 import re
+import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -8,8 +10,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import gnetlab
+from gnetlab import cli
 from gnetlab.cli import _Progress, app
+from gnetlab.measure import bundled
 from gnetlab.report import page, plan, runner
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -109,11 +116,14 @@ def test_costs_of_a_model_that_cannot_be_made_on_meta(run):
         (["costs", "no_such_module:make"], "no module 'no_such_module'"),
         (["costs", "math:make"], "has no attribute 'make'"),
         (["costs", "googlenet:paper", "--input", "8"], "smallest"),
-        (["train", "bundle"], "one recipe: bundled"),
+        (["train", "bundle"], "one recipe: gnetlab train bundled"),
         (["report", "--profile", "slow"], "choose fast or full"),
         (["report", "-p", "seed"], "NAME=VALUE"),
         (["report", "-p", "sead=1"], "Did you mean seed"),
         (["report", "99"], "no such notebook"),
+        (["report", "--device", "gpu"], "choose auto, cpu or cuda"),
+        (["costs", "vgg16", "--input", "1"], "try another --input"),
+        (["costs", "vgg16", "--input", "0"], "greater than|x>=1"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what_to_try(arguments, message, run, tmp_path):
@@ -145,8 +155,6 @@ def test_info_says_what_is_here(run):
 
 
 def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypatch):
-    from gnetlab.measure import bundled
-
     monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4})
     monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.125})
     path = tmp_path / "w.safetensors"
@@ -156,11 +164,69 @@ def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypa
     assert "held-out crops of 64 px: 12.5%" in result.output
 
 
-@pytest.mark.parametrize("command", ["report", "figures", "costs", "train", "info"])
-def test_help_shows_what_the_command_does(command, run):
-    result = run(command, "--help")
-    assert result.exit_code == 0
-    assert command == "info" or "Example: gnetlab" in result.output
+def test_version(run):
+    assert run("--version").output == f"gnetlab {gnetlab.__version__}\n"
+
+
+COMMANDS = ["report", "compare", "figures", "costs", "train", "info"]
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_fits_80_columns_and_leaves_its_lines_whole(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(*command, "--help").output
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^  Examples?:\n    gnetlab ", text, re.MULTILINE)
+    for name in COMMANDS if not command else []:  # each summary is whole
+        assert re.search(rf"^  {name} +[A-Z].+\.$", text, re.MULTILINE)
+
+
+def examples() -> list[str]:
+    """The commands in the docstrings of which --help is made; --help itself shows them whole."""
+    commands = [info.callback for info in app.registered_commands]
+    texts = [command.__doc__ for command in (app.registered_callback.callback, *commands)]
+    return [line for text in texts for line in re.findall(r"^ +(gnetlab .+)$", text, re.MULTILINE)]
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """A folder with what the examples of --help ask for; what takes minutes is not done."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("my_models.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 2, 1))\n"
+    )
+    Path("figures").symlink_to(ROOT / "figures")
+    Path("reports").mkdir()
+    Path("reports/fast").symlink_to(ROOT / "figures")
+
+    def write(output, **_options):
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).touch()
+        return {"sha256": "0", "held_out_accuracy": {}}
+
+    def done(jobs, *_, **_options):
+        for job in jobs:
+            job.status = "done"
+        return {}
+
+    monkeypatch.setattr(bundled, "train_bundled", write)
+    monkeypatch.setattr(runner, "run", done)
+    monkeypatch.setattr(page, "write_index", lambda _, output: output / "index.html")
+    monkeypatch.setattr(cli, "_place", lambda *_: contextlib.nullcontext())
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", examples())
+def test_the_examples_of_help_work(line, run, place):
+    result = run(*shlex.split(line, comments=True)[1:])
+    assert result.exit_code == 0, result.output + result.stderr
+    written = re.search(r"--(?:csv|output) (\S+)", line)
+    assert not written or "gnetlab report" in line or (place / written[1]).exists()
+
+
+def test_every_command_has_an_example_that_was_run():
+    assert {line.split()[1] for line in examples()} == set(COMMANDS)
 
 
 class TestProgress:

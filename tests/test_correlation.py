@@ -89,3 +89,8 @@ def test_rand_index_by_hand():
 def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="not gnetlab's"):
         branch_correlation(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8))
+
+
+def test_no_batches(model):
+    with pytest.raises(ValueError, match="no images were given; give a batch"):
+        branch_correlation(model, iter([]))

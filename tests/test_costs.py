@@ -670,3 +670,8 @@ def test_sums_over_layers():
     assert stages.macs.sum() == MACS["paper"]
     training = layer_costs(build("torchvision"), training=True)
     assert summed(training, "stage").stored_bytes.sum() == training.stored_bytes.sum()
+
+
+def test_a_side_alone_is_no_input_size():
+    with pytest.raises(ValueError, match=r"input_size=32 asked; .* \(3, 224, 224\)"):
+        layer_costs(nn.Identity(), 32)

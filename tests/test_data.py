@@ -10,6 +10,7 @@ import torch
 from PIL import ExifTags, Image
 
 from gnetlab.net import data
+from gnetlab.net.augment import AugmentedCrops
 from gnetlab.net.data import (
     DEVIATION,
     FASHION_MNIST_FOLDERS,
@@ -682,3 +683,33 @@ class TestFingerprint:
         assert before == data.fingerprint(data.ImageFolder(tmp_path, size=64))
         Image.new("RGB", (8, 8), "red").save(tmp_path / "test" / "a" / "1.png")
         assert data.fingerprint(data.ImageFolder(tmp_path)) != before
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_has_images(folder, batch_size):
+    for found in (ImageFolder(folder), PhotoCrops(), AugmentedCrops()):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size} asked.*give at least 1"):
+            found.train_batch(0, batch_size)
+
+
+def test_image_folder_without_images(folder):
+    for path in (folder / "train" / "dark").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"dark.*at least one image per class: PATH/train"):
+        ImageFolder(folder)
+
+
+@pytest.mark.parametrize("start", [b"\0\0\x0d\3", b"\0\0\x08\1", b"\1\0\x08\3"])
+@pytest.mark.parametrize("fashion", [""], indirect=True)
+def test_fashion_mnist_of_another_type_or_shape(fashion, start):
+    path = fashion / "t10k-images-idx3-ubyte"
+    path.write_bytes(start + path.read_bytes()[4:])
+    with pytest.raises(ValueError, match=f"not a whole IDX file .*{start.hex()}.*install it again"):
+        FashionMNIST(fashion)
+
+
+@pytest.mark.parametrize("fashion", [""], indirect=True)
+def test_fashion_mnist_with_labels_of_another_set(fashion):
+    (fashion / "t10k-labels-idx1-ubyte").write_bytes(idx(fashion_labels("train")))
+    with pytest.raises(ValueError, match=r"has 10 test images and \d+ labels, .* install it again"):
+        FashionMNIST(fashion)

@@ -886,3 +886,17 @@ def test_what_a_recorder_keeps_does_not_change_with_the_network(images):
     pd.testing.assert_frame_equal(recorder.totals(), totals, check_exact=True)
     pd.testing.assert_frame_equal(recorder.splits(), splits, check_exact=True)
     assert torch.equal(recorder.state_dict()["norms"], state["norms"])
+
+
+@pytest.mark.parametrize("targets", [TARGETS.float(), F.one_hot(TARGETS), TARGETS[0]])
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_targets_are_class_numbers(images, targets, norm):
+    with pytest.raises(ValueError, match=r"targets of shape .* targets.long\(\)"):
+        gradient_flow(small(norm), images, targets)
+
+
+def test_output_flow_of_a_network_without_named_stages(images):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    with pytest.raises(ValueError, match=r"Sequential has no child conv1.*take gradient_flow"):
+        output_flow(model, images, TARGETS)
+    assert len(gradient_flow(model, images, TARGETS)) == 2

@@ -576,3 +576,36 @@ def test_trunk_weights_are_the_same_with_and_without_heads(init, aux):
 def test_incomplete_gain_is_refused():
     with pytest.raises(ValueError, match="choose 'torchvision'"):
         googlenet(init=("gain",), width=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (images(32).double(), "images of torch.float64 .* takes torch.float32"),
+        ((images(32) * 255).byte(), "images of torch.uint8 .* gnetlab.net.data.normalize"),
+        (images(32).to("meta"), r"images on meta .* network is on cpu; .* images.to\('cpu'\)"),
+        (images(32, channels=1), "in_channels=1"),
+        (images(32).numpy(), "a ndarray was given; .* torch.from_numpy"),
+        ((images(32), torch.zeros(2)), "a tuple was given; .* without labels"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_with_what_to_do(given, message):
+    with pytest.raises(ValueError, match=message):
+        googlenet("cifar", width=0.1).eval()(given)
+
+
+def test_autocast_makes_other_floats_fit():
+    model = googlenet("cifar", width=0.1).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images(32).bfloat16()).dtype == torch.bfloat16
+
+
+def test_gaussian_initialization_asks_for_a_network_of_ours():
+    with pytest.raises(ValueError, match=r"'gaussian' asked for a Linear, .* 'kaiming'"):
+        initialize(nn.Linear(2, 2), "gaussian")
+
+
+def test_a_width_of_1_is_a_width():
+    half = PRESETS["paper"].change(width=0.5)
+    assert googlenet(half, width=1.0).architecture.width == 1.0
+    assert googlenet(half).architecture.width == 0.5

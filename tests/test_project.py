@@ -1,6 +1,10 @@
-"""What users install and read: pyproject, environment.yml, README, public names."""
+"""What users install and read: pyproject, environment.yml, README, public names and their help."""
 
+import ast
+import builtins
+import doctest
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import gnetlab
+from gnetlab.draw import figures
+from gnetlab.measure import gradients, sparsity
+from gnetlab.report import claims
 
 ROOT = Path(__file__).parent.parent
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
@@ -81,10 +88,67 @@ def test_version_is_the_same_everywhere():
     assert gnetlab.__version__ == project()["version"] == importlib.metadata.version("gnetlab")
 
 
-def test_public_names_resolve_and_are_documented():
-    for name in gnetlab.__all__:
-        value = getattr(gnetlab, name)
-        assert not callable(value) or value.__doc__, name
+# The public names, and those that the README names in their modules.
+DOCUMENTED = {name: getattr(gnetlab, name) for name in gnetlab.__all__} | {
+    value.__name__: value
+    for value in (
+        gradients.output_flow, gradients.gradient_noise, gradients.GradientRecorder,
+        sparsity.as_one_convolution, sparsity.output_difference, sparsity.structure,
+        sparsity.sparse_speed, sparsity.break_even, claims.check, figures.save,
+    )
+}  # fmt: skip
+
+
+def raises(function) -> bool:
+    """Whether the code of a function has a `raise`, or that of gnetlab's functions it calls."""
+    waiting, seen = [inspect.unwrap(function)], set()
+    while waiting:
+        seen.add(function := waiting.pop())
+        nodes = list(ast.walk(ast.parse(inspect.getsource(function))))
+        if any(isinstance(node, ast.Raise) for node in nodes):
+            return True
+        names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        known = [function.__globals__.get(name) for name in names]
+        called = {inspect.unwrap(value) for value in known if inspect.isfunction(value)}
+        waiting += {f for f in called - seen if f.__module__.startswith("gnetlab")}
+    return False
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_help_has_a_summary_every_parameter_the_errors_and_an_example(name):
+    value = DOCUMENTED[name]
+    about, example, _ = inspect.getdoc(value).partition(">>>")
+    assert example
+    assert re.fullmatch(r"\S.{20,98}", about.splitlines()[0])  # the summary
+    if not inspect.isroutine(value):
+        return
+    function = inspect.unwrap(value)
+    parameters = inspect.signature(function).parameters
+    assert [p for p in parameters if not re.search(rf"\b{p}\b", about)] == []
+    assert "Raises" in about or not raises(function)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_an_example_can_be_copied_as_it_is(name):
+    """Doctests see the names of their module; someone who copies an example does not."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(DOCUMENTED[name]))
+    assert not any(doctest.SKIP in example.options for example in examples)
+    known = set(dir(builtins))
+    used = set()
+    for node in ast.walk(ast.parse("".join(example.source for example in examples))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef):
+            known |= {node.name, *(argument.arg for argument in node.args.args)}
+        elif isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+    assert used <= known
+
+
+def test_help_of_the_package_names_every_public_name():
+    assert set(dir(gnetlab)) == {*gnetlab.__all__, "__version__"}
+    listed = re.findall(r"\b\w+\b", gnetlab.__doc__)
+    assert set(gnetlab.__all__) <= set(listed)
 
 
 def test_unknown_public_name_lists_the_known():

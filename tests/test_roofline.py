@@ -173,3 +173,11 @@ def test_layer_times_on_a_gpu():
     assert (times.seconds[times.macs > 0] > 0).all()
     frame = roofline(times, "cuda", batch_size=2)
     assert (frame.calibrated_seconds[times.macs > 0] > 0).all()
+
+
+def test_wrong_devices_and_batches_are_refused(model):
+    costs = layer_costs(model, (3, 16, 16))
+    with pytest.raises(ValueError, match="device='gpu' asked; choose 'auto'"):
+        roofline(costs, "gpu")
+    with pytest.raises(ValueError, match="batch_size=0 asked; give at least 1"):
+        roofline(costs, batch_size=0, calibration=MADE_UP)

@@ -528,3 +528,13 @@ def test_a_fingerprint_tells_weights_apart():
     with torch.no_grad():
         same.fc.bias[0] += 1e-6
     assert weights.fingerprint(one) != weights.fingerprint(same)
+
+
+def test_weights_of_another_number_of_classes_say_how_to_fine_tune():
+    with pytest.raises(ValueError, match=r"tell 16 classes apart, .*nn.Linear\(.*, 5\)"):
+        googlenet(weights="bundled", num_classes=5)
+    assert len(googlenet(weights="bundled", num_classes=16).classes) == 16
+
+
+def test_auto_takes_what_fits_a_width_of_1():
+    assert "bundled" in googlenet(weights="auto", width=1.0).weights_note

@@ -148,7 +148,9 @@ def _values(labelled: pd.Series | pd.Index, arrays: list[np.ndarray]) -> Any:
         return {"strings": [missing_is_nan, [None if pd.isna(v) else str(v) for v in values]]}
     if isinstance(values, _MASKED):
         return {"masked": [dtype.name, [_encode(v, arrays) for v in values.astype(object)]]}
-    raise TypeError(f"a column of dtype {dtype} cannot be kept for redrawing")
+    raise TypeError(
+        f"a column of dtype {dtype} cannot be kept for redrawing; give numbers, text or booleans"
+    )
 
 
 def _decode(value: Any, array: Callable[[int], np.ndarray]) -> Any:

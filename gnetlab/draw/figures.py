@@ -564,15 +564,33 @@ def save(
 ) -> SavedFigure:
     """Write a figure as PNG, SVG and PDF, with the data behind it as CSV (and a LaTeX table).
 
-    `name` is the files' stem (letters, digits, - and _). The figure's label, which the functions
-    here set to a sentence, becomes its description for readers who cannot see it. What they were
-    given is kept as NAME.call.zip, from which `gnetlab figures` draws the figure again. `timing`
-    marks, in the PNG's metadata, numbers that were measured in seconds: they differ from run to
-    run. The same figure and frame give the same bytes. Files go to `directory`, which is made if
-    needed.
+    figure     of a function here, whose label (a sentence) becomes its description for readers
+               who cannot see it; or any other of matplotlib's
+    name       the files' stem (letters, digits, - and _)
+    frame      the data that it shows
+    directory  where the files go; made if needed
+    latex      write the frame as a LaTeX table too
+    timing     mark, in the PNG's metadata, numbers that were measured in seconds: they differ from
+               run to run
+
+    What a function here was given is kept as NAME.call.zip, from which `gnetlab figures` draws the
+    figure again. The same figure and frame give the same bytes. Returns the `SavedFigure`, with
+    `paths` by kind; in a notebook it shows the PNG. Raises ValueError for a name of other
+    characters.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.draw import figures
+    >>> costs = gl.layer_costs(gl.googlenet("cifar"), (3, 32, 32)).assign(model="CIFAR variant")
+    >>> figure = figures.cost_figure(costs, note="one image of 32 x 32")
+    >>> saved = figures.save(figure, "costs", costs, directory="results")
+    >>> [path.name for path in saved.paths.values()]
+    ['costs.png', 'costs.svg', 'costs.pdf', 'costs.csv', 'costs.call.zip']
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only")
+        raise ValueError(
+            f"figure name {name!r}: use letters, digits, '-' and '_' only, and give a folder as "
+            "directory="
+        )
     directory = Path(directory)
     paths = write(figure, name, directory, timing=timing)
     paths["csv"] = directory / f"{name}.csv"

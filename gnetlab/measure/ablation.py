@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gnetlab.measure.costs import locate
 from gnetlab.measure.devices import float64
+from gnetlab.measure.gradients import check_targets
 from gnetlab.measure.hooks import in_mode
-from gnetlab.net.model import GoogLeNet, Inception
+from gnetlab.net.model import GoogLeNet, Inception, check_ours
 
 KINDS = ("zero", "mean")
 Z = 1.96  # standard deviations on either side of a 95% interval
@@ -28,6 +29,7 @@ def branch_ablation(
 ) -> pd.DataFrame:
     """Remove one branch at a time and see what happens to accuracy and to the true class's logit.
 
+    model     gnetlab's, with weights that tell the classes apart
     batches   images (N x C x H x W) and labels (N), on the model's device; gone through twice
     kinds     "zero": the branch puts out zeros; "mean": each of its channels its own mean over
               all images and positions, which takes away what it says and leaves how loud it is
@@ -37,20 +39,29 @@ def branch_ablation(
     interval, from the paired differences), `logit_change` (mean, of the true class), `images`.
 
     The layers before a module run once for all of its branches. The model runs in eval mode.
-    Raises ValueError for an unknown kind, another network, or an empty set.
+    Raises ValueError for an unknown kind, another network, labels that are no class numbers, or an
+    empty set.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.net.data import load
+    >>> batch = load("photocrops").train_batch(0, batch_size=8)
+    >>> model = gl.googlenet("cifar", width=0.125, num_classes=16, seed=0)
+    >>> frame = gl.branch_ablation(model, [batch], kinds="zero")
+    >>> len(frame), frame.module[0], frame.kind.unique().tolist()
+    (36, 'inception3a.branch1x1', ['zero'])
+    >>> bool(((frame.low <= frame.change) & (frame.change <= frame.high)).all())
+    True
     """
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong or not kinds:
         raise ValueError(f"kinds={kinds!r} asked; choose from {', '.join(KINDS)}")
-    if not isinstance(model, GoogLeNet):
-        raise ValueError(
-            f"{type(model).__name__} is not gnetlab's GoogLeNet; load torchvision's weights into "
-            "gnetlab.googlenet('torchvision') instead"
-        )
+    check_ours(model)
     batches = [(images, labels) for images, labels in batches if len(labels)]
     if not batches:
         raise ValueError("no images to remove branches on; give batches of images and labels")
+    for _, labels in batches:
+        check_targets(labels)
     steps = [(name, step) for name, step in model.named_children() if not name.startswith("aux")]
     with torch.no_grad(), in_mode(model, training=False):
         means = _channel_means(steps, batches) if "mean" in kinds else {}

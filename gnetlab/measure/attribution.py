@@ -52,7 +52,8 @@ def branch_attribution(
 ) -> Attribution:
     """Attribution of a class's logit to each position of each branch.
 
-    images    N x C x H x W; targets: class per image (None: the predicted one)
+    images    N x C x H x W, on the model's device
+    targets   class per image, or one for all (None: the predicted one)
     names     branches (None: all of them)
     method    "gradient_x_activation": summed over channels;
               "grad_cam": channels weighted by their mean gradient, negative parts cut off
@@ -63,13 +64,31 @@ def branch_attribution(
               for the error of `steps`
     steps     of the path
 
-    Maps have the branch's own resolution. Logits have no physical unit; maps of one image are
-    comparable across branches of one module. The model is put into eval mode for the call.
+    Returns name of the branch -> float32 map, N x h x w of the branch's own resolution, and in its
+    `targets` the classes (N). Logits have no physical unit; maps of one image are comparable across
+    branches of one module. The model is put into eval mode for the call.
 
-    Raises ValueError for unknown names (with the nearest), methods and classes, and RuntimeError
-    for a module that does not run in eval mode.
+    Raises ValueError for unknown names (with the nearest), methods and classes, for a network
+    without branches where no names are given, and RuntimeError for a module that does not run in
+    eval mode.
+
+    >>> import torch, gnetlab as gl
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0)
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> maps = gl.branch_attribution(model, images, targets=3, method="grad_cam")
+    >>> len(maps), maps["inception3a.branch5x5"].shape
+    (36, (2, 32, 32))
+    >>> from gnetlab.measure.attribution import attribution_shares
+    >>> maps = gl.branch_attribution(model, images, method="conductance", steps=5)
+    >>> attribution_shares(maps).columns.tolist()
+    ['module', 'stage', 'branch', 'attribution', 'share', 'completeness']
     """
     names = [names] if isinstance(names, str) else list(names or branch_names(model))
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no Inception modules of gnetlab; give names= of modules "
+            "whose output is N x C x H x W, or take gnetlab.googlenet(...), before gnetlab.fuse"
+        )
     if method not in METHODS:
         raise ValueError(f"method={method!r} asked; choose {_either(METHODS)}")
     if steps < 1:

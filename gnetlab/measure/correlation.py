@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from gnetlab.measure.activations import Moments, add_moments, streamed
-from gnetlab.net.model import GoogLeNet, Inception
+from gnetlab.net.model import GoogLeNet, Inception, check_ours
 
 
 def branch_correlation(
@@ -27,8 +27,10 @@ def branch_correlation(
 ) -> pd.DataFrame:
     """Correlation of the channels of every Inception module, one row per module.
 
+    model         gnetlab's
     batches       images, N x C x H x W each; correlations are over images and positions
-    permutations  of the channels among the branches, for what chance alone would give
+    permutations  of the channels among the branches, for what chance alone would give; drawn
+                  from `seed`
 
     Columns: `module`, `stage`, `channels` (that vary at all), `within`, `between` (mean absolute
     correlation of two channels of the same branch, of different ones), `difference`, `z` (of the
@@ -37,13 +39,22 @@ def branch_correlation(
     linkage, against the branches: 1 is equal, 0 is chance), `values` (per channel).
 
     The pool branch repeats what its input has, whatever the weights: compare with a random network.
-    The model runs in eval mode. Raises ValueError for a network that is not gnetlab's.
+    The model runs in eval mode. Raises ValueError for a network that is not gnetlab's, and for no
+    batches.
+
+    Source of the idea: section 3 of the paper, after Arora et al. 2013, arXiv 1310.6343.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.net.data import load
+    >>> images, labels = load("photocrops").train_batch(0, batch_size=8)
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0)
+    >>> frame = gl.branch_correlation(model, images, permutations=20)
+    >>> frame.stage.tolist()
+    ['3a', '3b', '4a', '4b', '4c', '4d', '4e', '5a', '5b']
+    >>> bool(frame.p.between(1 / 21, 1).all())  # of 20 permutations and itself
+    True
     """
-    if not isinstance(model, GoogLeNet):
-        raise ValueError(
-            f"{type(model).__name__} is not gnetlab's GoogLeNet; load torchvision's weights into "
-            "gnetlab.googlenet('torchvision') instead"
-        )
+    check_ours(model)
     modules = {n: m for n, m in model.named_children() if isinstance(m, Inception)}
     moments = streamed(model, modules, batches, add_moments)
     random = np.random.default_rng(seed)

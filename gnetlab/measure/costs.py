@@ -67,14 +67,24 @@ def layer_costs(
     first needs it; `live_bytes` then holds them too).
 
     Works on any module that takes one image batch. The model is not touched, and runs on shapes
-    alone (`engine`, see `shapes.forward_pass`). Raises what the model itself raises for an image
-    of this size.
+    alone (`engine`, see `shapes.forward_pass`). Raises ValueError for a size that is a single
+    number, and what the model itself raises for an image of this size.
 
     >>> import gnetlab as gl
     >>> costs = gl.layer_costs(gl.googlenet("torchvision"))
     >>> int(costs.macs.sum()), int(costs.parameters.sum())
     (1498376192, 6624904)
+    >>> costs[costs.stage == "3a"].groupby("branch", sort=False).macs.sum().to_dict()
+    {'1x1': 9633792, '3x3': 101154816, '5x5': 6021120, 'pool': 4816896, '': 0}
+    >>> small = gl.layer_costs(gl.googlenet("cifar"), (3, 32, 32), training=True)
+    >>> bool(small.backward_macs.sum() > small.macs.sum())
+    True
     """
+    if isinstance(input_size, int):
+        raise ValueError(
+            f"input_size={input_size} asked; give channels, height and width of an image, as in "
+            "(3, 224, 224)"
+        )
     steps, joins, images, itemsize = forward_pass(
         model, input_size, training=training, engine=engine
     )

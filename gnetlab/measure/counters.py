@@ -103,7 +103,10 @@ def explain(costs: pd.DataFrame, tool: str | None = None) -> pd.DataFrame:
         raise ValueError(f"no rule for the tool {tool!r}.{hint} Known: {'; '.join(TOOLS)}")
     if costs.macs.isna().any():
         layer = costs.module[costs.macs.isna()].iloc[0]
-        raise ValueError(f"layer {layer!r} was not counted, so no tool's total can be explained")
+        raise ValueError(
+            f"layer {layer!r} was not counted, so no tool's total can be explained; leave its row "
+            "out of the frame"
+        )
     outputs = costs.output_shape
     channels = outputs.map(lambda shape: shape[0] if shape else 0)
     norm_size = (costs.elementwise // costs.activations - 5).where(

@@ -37,11 +37,22 @@ from gnetlab.net.model import googlenet
 HEAD_WEIGHT = 0.3
 
 
+def check_targets(targets: Tensor) -> None:
+    """Raise ValueError for anything but class numbers, N."""
+    if targets.is_floating_point() or targets.dim() != 1:
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} and {targets.dtype} were given; give one "
+            "class number per image (N, int64): targets.long(), or one_hot.argmax(1)"
+        )
+
+
 def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -> dict[str, Tensor]:
     """Loss by source (scalars, heads weighted already) of a training-mode output.
 
-    That is logits, or a named tuple of ours or of torchvision's GoogLeNet; else ValueError.
+    That is logits, or a named tuple of ours or of torchvision's GoogLeNet; else ValueError, as for
+    targets that are not one whole number per image.
     """
+    check_targets(targets)
     if isinstance(output, Tensor):
         return {"main": F.cross_entropy(output, targets)}
     if not hasattr(output, "logits"):
@@ -194,7 +205,9 @@ def gradient_flow(
 ) -> pd.DataFrame:
     """How much gradient reaches each layer, by loss source, for one batch.
 
-    images N x C x H x W, targets N (class indices), both on the model's device.
+    model        gnetlab's or torchvision's GoogLeNet, or any network that returns logits
+    images       N x C x H x W, and targets, N class numbers (int64), both on the model's device
+    head_weight  of each auxiliary loss (the paper's 0.3, section 5)
 
     Columns: `module` (dotted name of the convolution or linear layer), `stage`, `branch`, `kind`,
     `source` (main, aux1, aux2, total; heads weighted by `head_weight`), `elements` (count of
@@ -207,6 +220,20 @@ def gradient_flow(
     where a source does not reach the layer.
 
     The model runs once, without autocast, and is as before afterwards, as in `split_gradients`.
+
+    Raises ValueError for targets that are no class numbers, an output that is neither logits nor a
+    GoogLeNet's, and a model whose weights are all frozen.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.net.data import load
+    >>> images, targets = load("photocrops").train_batch(0, batch_size=8)
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=16, seed=0)
+    >>> flow = gl.gradient_flow(model, images, targets)
+    >>> flow[flow.module == "conv1.conv"].source.tolist()
+    ['main', 'aux1', 'aux2', 'total']
+    >>> parts = flow[flow.source != "total"].groupby("module").projection_share.sum()
+    >>> bool(((parts - 1).abs() < 1e-6).all())  # the sources add up to the total
+    True
     """
     layers, _ = _look(model, images, targets, head_weight, outputs=False)
     return pd.DataFrame(_layer_rows(model, layers.products()), columns=list(COLUMNS))
@@ -246,15 +273,34 @@ def output_flow(
     """How much gradient comes down to each module's output, by loss source, for one batch.
 
     This, not the gradient of weights, tells whether gradient vanishes on its way (see
-    `weight_cuts`). Arguments as for `gradient_flow`.
+    `weight_cuts`).
+
+    model        a GoogLeNet, whose stem and modules are its children conv* and inception*
+    images       N x C x H x W, and targets, N class numbers (int64), both on the model's device
+    head_weight  of each auxiliary loss (the paper's 0.3, section 5)
 
     Columns: `module` (convolutions of the stem and Inception modules), `stage` (conv1, conv2_reduce
     ... 5b), `source`, `flow` (root mean square over the images of the norm of N dL/dx, where x is
     the output for one image and L the mean loss over all N: without batch norm that is the gradient
     of the image's own loss; nats per unit of activation).
 
-    Raises RuntimeError for an output that is overwritten in place.
+    Raises ValueError for a model without such children, and as `gradient_flow` does; RuntimeError
+    for an output that is overwritten in place.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.gradients import output_flow
+    >>> from gnetlab.net.data import load
+    >>> images, targets = load("photocrops").train_batch(0, batch_size=8)
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=16, seed=0)
+    >>> flow = output_flow(model, images, targets)
+    >>> flow[flow.source == "aux1"].stage.tolist()  # the head on 4a reaches these
+    ['conv1', 'conv2_reduce', 'conv2', '3a', '3b', '4a']
     """
+    if not _output_names(model):
+        raise ValueError(
+            f"{type(model).__name__} has no child conv1 ... or inception...; give a GoogLeNet, or "
+            "take gradient_flow, which works on any network"
+        )
     _, outputs = _look(model, images, targets, head_weight, outputs=True)
     rows = _output_rows(outputs.products(), len(images))
     return pd.DataFrame(rows, columns=["module", "stage", "source", "flow"])
@@ -278,7 +324,10 @@ def gradient_noise(
 ) -> pd.DataFrame:
     """How much of a batch's gradient is signal, that is, common to all batches.
 
-    batches   at least two (images, targets); `seed` decides dropout, anew in each
+    model        gnetlab's or torchvision's GoogLeNet, or any network that returns logits
+    batches      at least two (images, targets), as for `gradient_flow`
+    head_weight  of each auxiliary loss (the paper's 0.3)
+    seed         decides dropout, anew in each batch
 
     Columns: `module`, `stage`, `branch`, `kind`, `source`, `signal_rms` and `noise_rms` (of the
     mean gradient, and of a batch's deviation from it, per weight), `snr` (ratio of their squares;
@@ -287,7 +336,18 @@ def gradient_noise(
     that a cosine at noise level may be shared noise), `batches` (count).
 
     Unbiased estimates after McCandlish et al. 2018, arXiv 1812.06162, appendix A. Memory does not
-    grow with the number of batches.
+    grow with the number of batches. Raises ValueError for fewer than two, and as `gradient_flow`.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.gradients import gradient_noise
+    >>> from gnetlab.net.data import load
+    >>> data = load("photocrops")
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=16, seed=0)
+    >>> noise = gradient_noise(model, [data.train_batch(step, 8) for step in range(3)])
+    >>> noise.columns.tolist()[5:8], noise.batches.unique().tolist()
+    (['signal_rms', 'noise_rms', 'snr'], [3])
+    >>> bool((noise.noise_rms > 0).all())
+    True
     """
     sums: dict[str, dict[str, Tensor]] = {}
     energies: dict[tuple[str, str], list[float]] = {}
@@ -310,7 +370,7 @@ def gradient_noise(
                     cosine if sources[0] == "main" else np.nan
                 )
     if count < 2:
-        raise ValueError(f"{count} batch given; noise takes at least two, and better eight")
+        raise ValueError(f"{count} batches given; noise takes at least two, and better eight")
     rows = []
     for name, by_source in sums.items():
         kind, place = type(model.get_submodule(name)).__name__, locate(name)
@@ -336,15 +396,31 @@ def gradient_noise(
 class GradientRecorder:
     """Keeps the gradient's size at every step of a training, and its sources every `every` steps.
 
-    >>> recorder = GradientRecorder(model, every=20)      # doctest: +SKIP
-    >>> losses = weighted_losses(model(images), targets)  # doctest: +SKIP
-    >>> recorder.before_backward(losses)                  # doctest: +SKIP
-    >>> torch.stack(list(losses.values())).sum().backward()  # doctest: +SKIP
-    >>> recorder.after_backward()  # before the gradient is clipped  # doctest: +SKIP
+    model   the one that is trained
+    every   steps between splits by source; 0 never splits
 
-    `every` 0 never splits. Training goes on bit for bit as without it (but `train` takes a step
-    that is split in float32, whatever its precision). What is kept stays on the device, some
-    numbers per layer and step, until it is read.
+    `totals()` and `splits()` are the frames. Training goes on bit for bit as without it (but
+    `train` takes a step that is split in float32, whatever its precision). What is kept stays on
+    the device, some numbers per layer and step, until it is read.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.gradients import GradientRecorder, weighted_losses
+    >>> from gnetlab.net.data import load
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=16, seed=0)
+    >>> recorder, data = GradientRecorder(model, every=2), load("photocrops", size=16)
+    >>> metrics = gl.train(model, data, steps=3, batch_size=8, gradients=recorder)
+    >>> recorder.totals().step.unique().tolist(), recorder.splits().step.unique().tolist()
+    ([0, 1, 2], [0, 2])
+
+    In a loop of your own:
+
+    >>> images, targets = data.train_batch(3, batch_size=8)
+    >>> losses = weighted_losses(model(images), targets)
+    >>> recorder.before_backward(losses)
+    >>> sum(losses.values()).backward()
+    >>> recorder.after_backward()  # before the gradient is clipped
+    >>> recorder.step
+    4
     """
 
     def __init__(self, model: nn.Module, *, every: int = 20) -> None:

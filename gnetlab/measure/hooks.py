@@ -1,6 +1,7 @@
 """Feature maps by name, with hooks that live exactly as long as a with-block.
 
 `record()`    keep, or reduce as they come, the outputs of named modules
+`Recording`   what it gives: name -> maps, and `channel()` for one of them
 `observe()`   call a function whenever a named module runs; what the rest of the package builds on
 `in_mode()`   training or eval mode for a with-block, every module's own mode afterwards
 
@@ -79,7 +80,10 @@ class Recording(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
-            raise KeyError(f"{name!r} was not recorded; recorded: {', '.join(self._values)}")
+            raise KeyError(
+                f"{name!r} was not recorded; recorded: {', '.join(self._values)}. Name it in "
+                "record(model, names)"
+            )
         if name in self._versions:
             original, version = self._versions[name]
             if original._version != version:
@@ -95,7 +99,8 @@ class Recording(Mapping[str, Any]):
         name    of an Inception module: `index` counts in its concatenated output; of a branch, or
                 anything else: in its own. "inception3a", 195 is "inception3a.branch5x5", 3
 
-        Raises IndexError for a channel that is not there, KeyError for one not recorded.
+        Raises IndexError for a channel that is not there, KeyError for one not recorded, and
+        RuntimeError for maps that were overwritten in place.
         """
         parent, _, branch = name.rpartition(".")
         in_parent = self._slices.get(parent, {}).get(branch)
@@ -153,6 +158,7 @@ def record(
 ) -> Iterator[Recording]:
     """Record the outputs of named modules while the with-block runs.
 
+    model    any network, in eval mode
     names    a dotted name or several, as `model.named_modules()` and `branch_names(model)` have
     reduce   `reduce(state, maps) -> state`, called with every output, `state` None at first; the
              recording then holds the last state. Any number of forward passes, constant memory
@@ -162,6 +168,9 @@ def record(
     training  allow a model in training mode: every forward pass moves its batch norm's statistics,
              and dropout is part of what is seen
 
+    Gives a mapping of name -> maps, N x C x H x W as the module puts them out (or the reduced
+    state); its `channel(name, index)` is one channel, N x H x W.
+
     The hooks are gone when the block ends, however it ends. Raises ValueError for unknown names,
     compiled models and models in training mode; RuntimeError for a name that never ran or ran twice
     (in one forward pass, or without `reduce` at all), and for a non-tensor output. An output that
@@ -169,11 +178,22 @@ def record(
     tracks no versions).
 
     >>> import torch, gnetlab as gl
-    >>> model = gl.googlenet(width=0.1).eval()
-    >>> with gl.record(model, "inception3a.branch5x5") as maps:
-    ...     _ = model(torch.zeros(1, 3, 64, 64))
-    >>> maps["inception3a.branch5x5"].shape
-    torch.Size([1, 4, 8, 8])
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0).eval()
+    >>> with gl.record(model, ["inception3a", "inception3a.branch5x5"]) as maps:
+    ...     logits = model(torch.rand(2, 3, 32, 32))
+    >>> maps["inception3a.branch5x5"].shape, maps.channel("inception3a", 0).shape
+    (torch.Size([2, 4, 32, 32]), torch.Size([2, 32, 32]))
+
+    The largest value of every channel over any number of batches, in constant memory:
+
+    >>> def largest(state, maps):
+    ...     now = maps.amax((0, 2, 3))
+    ...     return now if state is None else torch.maximum(state, now)
+    >>> with gl.record(model, "inception4a", reduce=largest) as found:
+    ...     for images in torch.rand(3, 4, 3, 32, 32):
+    ...         logits = model(images)
+    >>> found["inception4a"].shape
+    torch.Size([64])
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if model.training and not training:
@@ -193,14 +213,17 @@ def record(
             seen.clear()  # the whole model has run: the next forward pass begins
         for name, channels in parts.get(hooked, {}).items():
             if not isinstance(output, Tensor):
-                raise RuntimeError(f"{name!r} returns {type(output).__name__}, not one tensor")
+                raise RuntimeError(
+                    f"{name!r} returns {type(output).__name__}, not one tensor; record a module "
+                    "inside it"
+                )
             keep(name, output if channels is None else output[:, channels])
 
     def keep(name: str, output: Tensor) -> None:
         if name in seen or (reduce is None and name in recording._values):
             raise RuntimeError(
                 f"{name!r} ran twice; without reduce= one forward pass is recorded, and a module "
-                "that is used twice in it cannot be told apart"
+                "that is used twice in it cannot be told apart: give each pass its own with-block"
             )
         seen.add(name)
         maps = output.detach()

@@ -51,12 +51,15 @@ def measure_latency(
 
     models         a model, or several by name: models and settings take turns, so that what else
                    the machine does falls on all of them and their ratios can be trusted
+    input_size     of one image: channels, height, width; batch_sizes: images per batch, several
+    device         "auto", "cpu", "cuda", "cuda:1" or "mps"
     dtype          of weights and images; this and the next three: one value, or several to compare
     channels_last  memory format of weights and images (True suits the networks of `fuse()`)
     mode           "eager", "compile" (torch.compile, static shapes), "compile:reduce-overhead", ...
     step           "forward" (eval mode, no gradients) or "training" (training mode, cross-entropy
                    summed over all outputs, auxiliary heads too, backward; no optimizer)
     min_run_time   seconds per row, over all rounds, after warming up and compiling
+    rounds         turns that each row takes
 
     Columns: `model`, `device`, `dtype`, `memory_format`, `mode`, `step`, `batch_size`, `threads`,
     `seconds` (median per batch), `iqr` (interquartile range, seconds), `runs`,
@@ -68,6 +71,17 @@ def measure_latency(
     Models and random state stay as they are: where a model would have to change, a copy is
     measured, one per dtype, format and step. Raises ValueError for a value it does not know,
     RuntimeError where torch.compile finds no compiler or half a batch does not fit either.
+
+    >>> import gnetlab as gl
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0)
+    >>> networks = {"plain": model, "fused": gl.fuse(model)}
+    >>> times = gl.measure_latency(
+    ...     networks, input_size=(3, 32, 32), batch_sizes=[1, 8], min_run_time=0.02, rounds=1
+    ... )
+    >>> times[["model", "batch_size"]].values.tolist()
+    [['plain', 1], ['fused', 1], ['plain', 8], ['fused', 8]]
+    >>> bool((times.seconds > 0).all())
+    True
     """
     if isinstance(models, nn.Module):
         models = {type(models).__name__: models}

@@ -58,7 +58,9 @@ def train(
 ) -> pd.DataFrame:
     """Train `model` in place, on its own device, and return its metrics.
 
-    data             a data set of `gnetlab.net.data` on the same device
+    data             a data set of `gnetlab.net.data` on the same device (see its `load`), or what
+                     has its `train_batch(step, batch_size, seed)` and `test_batches()`
+    steps            updates, each on `batch_size` images, with `learning_rate`
     optimizer        "sgd", with `momentum` and `nesterov`, or "adam" (which knows neither)
     weight_decay     for all parameters, or a function of a parameter's dotted name
     cosine           let the learning rate rise over the first 2% of the steps, then fall to 0 as
@@ -71,6 +73,8 @@ def train(
     gradients        a recorder of this model, fed at every step, before clipping; a step that it
                      splits is taken in float32
     mixed_precision  bfloat16 autocast
+    channels_last    memory format of the weights and images; True is quicker on a CPU
+    seed             of the order of the images and of dropout
     capture          run the step as a CUDA graph, which spares small networks most of their time on
                      a GPU (None: on CUDA; elsewhere there is none)
     progress         a bar, on a terminal and in Jupyter only
@@ -82,8 +86,17 @@ def train(
     cross-entropy in nats; total weighted), `accuracy` (fraction of the images, NA for total). Equal
     seeds give equal results on the CPU.
 
-    Raises ValueError for unknown options and RuntimeError at a non-finite loss, with the metrics so
-    far in its `metrics`.
+    Raises ValueError for unknown options and a checkpoint that cannot be gone on from, and
+    RuntimeError at a non-finite loss, with the metrics so far in its `metrics`.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.net.data import load
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=16, seed=0)
+    >>> metrics = gl.train(model, load("photocrops", size=16), steps=2, batch_size=8)
+    >>> metrics[metrics.split == "train"].groupby("step").source.unique()[1].tolist()
+    ['main', 'aux1', 'aux2', 'total']
+    >>> metrics[metrics.split == "test"][["step", "source"]].values.tolist()
+    [[2, 'main']]
     """
     device = next(model.parameters()).device
     capture = device.type == "cuda" if capture is None else capture

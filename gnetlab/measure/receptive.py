@@ -19,27 +19,25 @@ from torch import Tensor, nn
 from gnetlab.measure.costs import locate
 from gnetlab.measure.devices import float64
 from gnetlab.measure.hooks import in_mode, observe
-from gnetlab.net.model import GoogLeNet, Inception
+from gnetlab.net.model import GoogLeNet, Inception, check_ours
 
 
 def receptive_fields(model: GoogLeNet) -> pd.DataFrame:
-    """Theoretical receptive field of every branch of every Inception module.
+    """Theoretical receptive field of every branch of every Inception module of `model`.
 
     Columns: `module` (dotted name of the branch), `stage`, `branch`, `size` (side of the square of
-    input pixels that reaches one output value), `stride` (pixels between two neighbours). Padding
-    and image borders cut it; nothing is run.
+    input pixels that reaches one output value), `stride` (pixels between two neighbours), `start`
+    (pixel where the first one's square begins; negative: in the padding). Padding and image borders
+    cut it; nothing is run.
 
     Raises ValueError for a network that is not gnetlab's.
 
     >>> import gnetlab as gl
-    >>> receptive_fields(gl.googlenet("paper"))["size"][:4].tolist()  # 1x1, 3x3, 5x5, pool of 3a
-    [27, 43, 59, 43]
+    >>> fields = gl.receptive_fields(gl.googlenet("paper"))
+    >>> dict(zip(fields.branch[:4], fields["size"][:4]))  # of 3a, in pixels
+    {'1x1': 27, '3x3': 43, '5x5': 59, 'pool': 43}
     """
-    if not isinstance(model, GoogLeNet):
-        raise ValueError(
-            f"{type(model).__name__} is not gnetlab's GoogLeNet; load torchvision's weights into "
-            "gnetlab.googlenet('torchvision') instead"
-        )
+    check_ours(model)
     seen, rows = _Field(1, 1, 0), []
     for name, step in model.named_children():
         if name == "avgpool":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnetlab.measure.devices import device_name, wait
+from gnetlab.measure.devices import device_name, resolve_device, wait
 from gnetlab.measure.layers import layer_times
 
 PREDICTORS = ("macs", "roofline", "calibrated")
@@ -50,10 +50,12 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """Measure what the device can do; takes a second or two, and is kept for the session.
 
+    `dtype` and `channels_last` are those of the matrices and maps that it is measured with.
+
     The rates are those of PyTorch's own matrix product, copy and pooling, with the threads that it
-    uses now; no network takes part.
+    uses now; no network takes part. Raises ValueError for a device that is absent.
     """
-    device = torch.device(device)
+    device = resolve_device(str(device))
     return _calibrate(str(device), device_name(device), dtype, channels_last)
 
 
@@ -148,8 +150,12 @@ def roofline(
 ) -> pd.DataFrame:
     """Predict each layer's time, in seconds per batch.
 
-    `costs` as from `layer_costs` (per image; weights are read once per batch). Returns them with
-    three more columns:
+    costs          as from `layer_costs` (per image; weights are read once per batch)
+    device         where `calibration` is measured, unless it is given: a second or two, once
+    batch_size     images per batch
+    channels_last  memory format of the maps that it is measured with
+
+    Returns the costs with three more columns:
 
     macs_seconds        multiply-adds at the device's peak, nothing else
     roofline_seconds    the larger of that and of the bytes moved at its bandwidth
@@ -158,8 +164,22 @@ def roofline(
                         measured for them, a linear layer's weights as read for one image; plus
                         what such an operation takes on next to nothing
 
-    `calibration` is measured on `device` unless given.
+    Raises ValueError for a device that is absent and for a batch without images. Source: Williams,
+    Waterman and Patterson 2009, doi 10.1145/1498765.1498785.
+
+    >>> import gnetlab as gl
+    >>> costs = gl.layer_costs(gl.googlenet("cifar", width=0.125), (3, 32, 32))
+    >>> times = gl.roofline(costs, batch_size=8)
+    >>> list(times.columns[-3:])
+    ['macs_seconds', 'roofline_seconds', 'calibrated_seconds']
+    >>> bool((times.roofline_seconds >= times.macs_seconds).all())
+    True
+    >>> by_stage = times.groupby("stage", sort=False).calibrated_seconds.sum()
+    >>> len(by_stage), bool((by_stage > 0).all())
+    (11, True)
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} asked; give at least 1 image")
     found = calibration or calibrate(device, channels_last=channels_last)
     macs = costs.macs.fillna(0).astype(float) * batch_size
     moved = (costs.input_bytes + costs.output_bytes) * batch_size + costs.weight_bytes

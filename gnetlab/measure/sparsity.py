@@ -45,6 +45,12 @@ def as_one_convolution(module: Inception) -> nn.Conv2d:
     are in concat order. Batch norm is folded in, as eval mode applies it.
 
     Raises ValueError for a module with reductions or without a true 5x5.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.sparsity import as_one_convolution
+    >>> module = gl.googlenet("naive", width=0.125, seed=0).inception3a
+    >>> as_one_convolution(module).weight.shape  # 8 + 16 + 4 output channels
+    torch.Size([28, 24, 5, 5])
     """
     convs = _convolutions(module)
     weight = torch.cat([F.pad(c.weight, [(SIDE - c.kernel_size[0]) // 2] * 4) for c in convs])
@@ -94,8 +100,15 @@ def _filled(module: Inception, seed: int) -> Inception:
 def output_difference(module: Inception, *, size: int = 14, seed: int = 0) -> float:
     """Largest difference between the one convolution's and the branches' outputs after ReLU.
 
-    A fraction of the largest output; for one random image of `size` x `size` pixels, in eval mode.
-    A module on the meta device gets random weights.
+    A fraction of the largest output; for one random image of `size` x `size` pixels, drawn from
+    `seed`, in eval mode. A `module` on the meta device gets random weights.
+
+    Raises ValueError for a module with reductions or without a true 5x5.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.sparsity import output_difference
+    >>> output_difference(gl.googlenet("naive", width=0.125, seed=0).inception3a) < 1e-5
+    True
     """
     module = _filled(module, seed)
     one = as_one_convolution(module)
@@ -110,12 +123,20 @@ def _random(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def structure(model: GoogLeNet) -> pd.DataFrame:
-    """The one 5x5 convolution of every module, a row for each branch that goes into it.
+    """The one 5x5 convolution of every module of `model`, a row for each branch that goes into it.
 
     Columns: `module`, `stage`, `branch`, `nonzero` (the branch's own weights, count), `weights`
     (of its channels in the 5x5 form, count), `sparsity` (share of structural zeros among them),
     `macs_branch`, `macs_dense` (multiply-adds of either, for one image of 224 x 224). No weight is
-    read, so the model may be on the meta device.
+    read, so the model may be on the meta device. Raises ValueError for a network other than the
+    naive one.
+
+    >>> import torch, gnetlab as gl
+    >>> from gnetlab.measure.sparsity import structure
+    >>> with torch.device("meta"):
+    ...     frame = structure(gl.googlenet("naive"))
+    >>> frame.groupby("branch").sparsity.first().round(2).to_dict()  # 1x1, 3x3 in 5x5
+    {'1x1': 0.96, '3x3': 0.64, '5x5': 0.0}
     """
     rows = []
     for stage, size in SIZES.items():
@@ -141,6 +162,11 @@ def sparse_speed(
 ) -> pd.DataFrame:
     """Time of a module's one 5x5 convolution in several forms, one row per form and sparsity.
 
+    model        gnetlab's naive GoogLeNet, and of its modules some `stages`
+    sparsities   shares of random zeros, 0 to 1
+    batch_sizes  images per batch, on `device`
+    rounds       turns that each form takes; `seed` decides weights, zeros and images
+
     Forms: "dense 5x5" (the library's convolution), "Inception branches" (three dense ones and
     their concatenation), "dense (im2col)" and "CSR (im2col)" (unfold, then one matrix product),
     "CSR (matmul only)" (the columns lie ready; random zeros only), and, on CUDA from compute
@@ -157,8 +183,17 @@ def sparse_speed(
     (interquartile range, seconds), `runs`, `device`, `threads`, `batch_size`, `ratio` (seconds
     over those of "dense 5x5" in the same dtype, stage and batch size).
 
-    Raises ValueError for an unknown stage, or a device without sparse matrices (MPS; "auto" takes
-    the CPU there), RuntimeError for a form whose output differs.
+    Raises ValueError for an unknown stage, a network other than the naive one, or a device without
+    sparse matrices (MPS; "auto" takes the CPU there), RuntimeError for a form whose output differs.
+
+    >>> import gnetlab as gl
+    >>> from gnetlab.measure.sparsity import break_even, sparse_speed
+    >>> model = gl.googlenet("naive", width=0.125, seed=0)
+    >>> speed = sparse_speed(model, ["5a"], sparsities=[0.5, 0.99], rounds=1)
+    >>> speed[speed.zeros != "random"].form.tolist()
+    ['dense 5x5', 'dense (im2col)', 'Inception branches', 'CSR (im2col)']
+    >>> list(break_even(speed))  # from which share of zeros on CSR is faster, per case
+    [('5a', 1)]
     """
     device, frames = resolve_device(str(device), sparse=True), []
     for stage in stages:
@@ -329,6 +364,13 @@ def break_even(speed: pd.DataFrame) -> dict[tuple[str, int], float | None]:
 
     (stage, batch size) -> that share; None where even the highest is slower. `speed` as from
     `sparse_speed`.
+
+    >>> import pandas as pd
+    >>> from gnetlab.measure.sparsity import break_even
+    >>> csr = {"form": "CSR (im2col)", "zeros": "random", "stage": "3a", "batch_size": 1}
+    >>> slower, faster = {"sparsity": 0.9, "ratio": 1.6}, {"sparsity": 0.99, "ratio": 0.4}
+    >>> break_even(pd.DataFrame([csr | slower, csr | faster]))
+    {('3a', 1): 0.99}
     """
     csr = speed[(speed.form == "CSR (im2col)") & (speed.zeros == "random")]
     found: dict[tuple[str, int], float | None] = {}

@@ -131,7 +131,8 @@ def closed_form(
     arch = architecture(arch)
     if side < arch.smallest_input:
         raise ValueError(
-            f"side = {side} asked; the {arch.stem!r} stem and its pools need {arch.smallest_input}"
+            f"side = {side} asked; the {arch.stem!r} stem and its pools need at least "
+            f"{arch.smallest_input}"
         )
     sums: dict[tuple[str, str], list[int]] = {}
     for layer in _layers(arch, side, modules or {}):

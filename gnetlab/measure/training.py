@@ -195,6 +195,7 @@ def study(
     folder    gets one file of JSON lines per run, written at its end and whole or not at all: a
               study that was killed loses the runs in flight, and goes on when called again. A
               record is reused for the same experiment, kind of device, torch and gnetlab code
+    device    "auto", "cpu", "cuda", "cuda:1" or "mps"
     executor  anything with `submit` whose futures have `add_done_callback`, as those of
               concurrent.futures and a Dask client; None runs here, one after another. Give it
               processes: threads of one process take turns
@@ -210,6 +211,16 @@ def study(
     error ends the study; finished runs are kept. So they are at Ctrl-C, when an executor's
     processes still end what they have begun. Raises ValueError for unknown fields, values, or data
     and for a folder that cannot be written, before anything runs.
+
+    >>> import gnetlab as gl
+    >>> grid = {"heads": ["none", "both"], "seed": [0, 1]}
+    >>> shared = {"steps": 2, "batch_size": 8, "width": 0.125, "size": 16}
+    >>> metrics = gl.study(grid, folder="runs", device="cpu", **shared)
+    >>> metrics.groupby("heads").run.nunique().to_dict()
+    {'both': 2, 'none': 2}
+    >>> again = gl.study(grid, folder="runs", device="cpu", **shared)  # read, not run
+    >>> again.equals(metrics)
+    True
     """
     if frame not in FRAMES:
         raise ValueError(f"frame={frame!r} asked; choose {' or '.join(FRAMES)}")

@@ -72,11 +72,13 @@ def visualize_channel(
 ) -> Visualized:
     """For each of some channels of a module, the image that gradient ascent makes it love.
 
+    model          any network for RGB images
     name           a module: "inception3a.branch5x5" (channels count in the branch), "inception3a"
                    (channels count in the concatenated output), "conv1", "fc" (classes)
     channels       one or several; together they take less time than one by one, and come out the
                    same but for what rounding grows to
-    steps          of Adam; size: side of the images in pixels
+    steps          of Adam, with `learning_rate`
+    size           side of the images in pixels
     objective      "channel": mean of the channel's map; "neuron": the unit at its centre
     transform      shift, scale and rotate the image at random in every step, on grey ground, so
                    that what is found survives it; False for a single unit of an early layer, which
@@ -94,8 +96,11 @@ def visualize_channel(
     they are. Raises ValueError for unknown names, channels and objectives, RuntimeError for a
     module that does not run.
 
-    >>> from gnetlab.net.model import googlenet
-    >>> found = visualize_channel(googlenet(width=0.1), "inception3a", [0, 1], steps=2, size=32)
+    Source: Olah, Mordvintsev and Schubert 2017, https://distill.pub/2017/feature-visualization.
+
+    >>> import gnetlab as gl
+    >>> model = gl.googlenet("cifar", width=0.125, seed=0)
+    >>> found = gl.visualize_channel(model, "inception3a", [0, 1], steps=2, size=32)
     >>> found.images.shape, list(found.frame.module.unique())
     ((2, 32, 32, 3), ['inception3a.branch1x1'])
     """
@@ -193,7 +198,9 @@ def _outputs(model: nn.Module, names: set[str], images: Tensor) -> dict[str, Ten
         model(images)
     if outputs.keys() != names:
         missing = ", ".join(sorted(names - outputs.keys()))
-        raise RuntimeError(f"{missing} never ran; auxiliary heads run only in training mode")
+        raise RuntimeError(
+            f"{missing} never ran; auxiliary heads run only in training mode: give another"
+        )
     return outputs
 
 

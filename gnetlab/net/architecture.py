@@ -44,19 +44,41 @@ class Row(NamedTuple):
     printed_ops: int
 
 
-TABLE_1: tuple[Row, ...] = (
-    Row("conv1", 112, 1, None, 2.7, 34),
-    Row("conv2", 56, 2, None, 112, 360),
-    Row("3a", 28, 2, Widths(64, 96, 128, 16, 32, 32), 159, 128),
-    Row("3b", 28, 2, Widths(128, 128, 192, 32, 96, 64), 380, 304),
-    Row("4a", 14, 2, Widths(192, 96, 208, 16, 48, 64), 364, 73),
-    Row("4b", 14, 2, Widths(160, 112, 224, 24, 64, 64), 437, 88),
-    Row("4c", 14, 2, Widths(128, 128, 256, 24, 64, 64), 463, 100),
-    Row("4d", 14, 2, Widths(112, 144, 288, 32, 64, 64), 580, 119),
-    Row("4e", 14, 2, Widths(256, 160, 320, 32, 128, 128), 840, 170),
-    Row("5a", 7, 2, Widths(256, 160, 320, 32, 128, 128), 1072, 54),
-    Row("5b", 7, 2, Widths(384, 192, 384, 48, 128, 128), 1388, 71),
-    Row("linear", 1, 1, None, 1000, 1),
+class Table1(tuple[Row, ...]):
+    """Table 1 of the paper (arXiv 1409.4842): a `Row` for each layer or module with parameters.
+
+    Of a row: `stage` (conv1, conv2, 3a ... 5b, linear), `size` (side of the output in pixels, for
+    an image of 224 x 224), `depth` (layers with parameters), `widths` (output channels of a
+    module's six convolutions; None for plain layers), `printed_params` and `printed_ops` (as the
+    paper prints them: thousands of parameters, millions of multiply-adds).
+
+    >>> import gnetlab as gl
+    >>> [row.stage for row in gl.TABLE_1]
+    ['conv1', 'conv2', '3a', '3b', '4a', '4b', '4c', '4d', '4e', '5a', '5b', 'linear']
+    >>> gl.TABLE_1[2].widths
+    Widths(conv1x1=64, reduce3x3=96, conv3x3=128, reduce5x5=16, conv5x5=32, pool_proj=32)
+    >>> sum(row.depth for row in gl.TABLE_1)  # the paper's 22 layers
+    22
+    >>> sum(row.printed_ops for row in gl.TABLE_1)  # the paper's 1.5 billion multiply-adds
+    1502
+    """
+
+
+TABLE_1 = Table1(
+    (
+        Row("conv1", 112, 1, None, 2.7, 34),
+        Row("conv2", 56, 2, None, 112, 360),
+        Row("3a", 28, 2, Widths(64, 96, 128, 16, 32, 32), 159, 128),
+        Row("3b", 28, 2, Widths(128, 128, 192, 32, 96, 64), 380, 304),
+        Row("4a", 14, 2, Widths(192, 96, 208, 16, 48, 64), 364, 73),
+        Row("4b", 14, 2, Widths(160, 112, 224, 24, 64, 64), 437, 88),
+        Row("4c", 14, 2, Widths(128, 128, 256, 24, 64, 64), 463, 100),
+        Row("4d", 14, 2, Widths(112, 144, 288, 32, 64, 64), 580, 119),
+        Row("4e", 14, 2, Widths(256, 160, 320, 32, 128, 128), 840, 170),
+        Row("5a", 7, 2, Widths(256, 160, 320, 32, 128, 128), 1072, 54),
+        Row("5b", 7, 2, Widths(384, 192, 384, 48, 128, 128), 1388, 71),
+        Row("linear", 1, 1, None, 1000, 1),
+    )
 )
 
 MODULES: dict[str, Widths] = {row.stage: row.widths for row in TABLE_1 if row.widths}
@@ -196,30 +218,57 @@ class Architecture:
         return True
 
 
-PRESETS: dict[str, Architecture] = {
-    "paper": Architecture(),
-    "torchvision": Architecture(
-        name="torchvision",
-        norm="batch",
-        branch5x5="3x3",
-        head_pool="adaptive",
-        pool4_size=2,
-        conv_bias=False,
-        dropout=0.2,
-    ),
-    "cifar": Architecture(
-        name="cifar",
-        norm="batch",
-        stem="cifar",
-        branch5x5="3x3+3x3",
-        heads=(),
-        head_pool="adaptive",
-        batch_norm_eps=1e-5,
-        dropout=0.0,
-        num_classes=10,
-    ),
-    "naive": Architecture(name="naive", reduce=False),
-}
+class Presets(dict[str, Architecture]):
+    """The networks that `googlenet()` builds by name: a dict of name -> `Architecture`.
+
+    paper        Table 1 as Caffe's BVLC GoogLeNet runs it: LRN, true 5x5, two heads
+    torchvision  torchvision's GoogLeNet: batch norm, and a 3x3 where the paper has a 5x5
+    cifar        the well-known variant for 32 x 32 pixels: one 3x3 as stem, 10 classes, no heads
+    naive        Figure 2(a) of the paper: no 1x1 reductions
+
+    `help(type(gl.PRESETS["paper"]))` explains the fields; `googlenet()` takes changes to them.
+    Raises KeyError, with the nearest name, for a name that is not there.
+
+    >>> import gnetlab as gl
+    >>> list(gl.PRESETS)
+    ['paper', 'torchvision', 'cifar', 'naive']
+    >>> gl.PRESETS["torchvision"].branch5x5
+    '3x3'
+    >>> deeper = gl.PRESETS["paper"].change(norm="batch", extra_modules=2)
+    >>> gl.googlenet(deeper, width=0.125).architecture.stages[4:7]
+    ['4c', '4c_2', '4c_3']
+    """
+
+    def __missing__(self, name: object) -> Architecture:
+        raise KeyError(_unknown("preset", name, list(self)))
+
+
+PRESETS = Presets(
+    {
+        "paper": Architecture(),
+        "torchvision": Architecture(
+            name="torchvision",
+            norm="batch",
+            branch5x5="3x3",
+            head_pool="adaptive",
+            pool4_size=2,
+            conv_bias=False,
+            dropout=0.2,
+        ),
+        "cifar": Architecture(
+            name="cifar",
+            norm="batch",
+            stem="cifar",
+            branch5x5="3x3+3x3",
+            heads=(),
+            head_pool="adaptive",
+            batch_norm_eps=1e-5,
+            dropout=0.0,
+            num_classes=10,
+        ),
+        "naive": Architecture(name="naive", reduce=False),
+    }
+)
 
 
 def architecture(preset: str | Architecture = "paper", **changes: Any) -> Architecture:
@@ -230,6 +279,6 @@ def architecture(preset: str | Architecture = "paper", **changes: Any) -> Archit
     """
     if isinstance(preset, Architecture):
         return preset.change(**changes)
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(_unknown("preset", preset, list(PRESETS)))
     return PRESETS[preset].change(**changes)

@@ -1,4 +1,4 @@
-"""Images and data sets that work offline, and the preprocessing of all of them.
+"""Images and data sets, most of which work offline, and the preprocessing of all of them.
 
 `photographs()`   16 photographs and textures out of scikit-image's wheel
 `open_image()`    a photograph by name, or the reader's own file
@@ -87,10 +87,19 @@ def _photograph(name: str) -> Photograph:
 
 
 def photographs() -> dict[str, Photograph]:
-    """The 16 photographs by name, in alphabetical order; no download.
+    """The 16 photographs by name, in alphabetical order; they come with scikit-image: no download.
 
-    >>> photographs()["cat"].pixels.shape
+    Name -> `Photograph`: `name`, `pixels` (H x W x 3 uint8 RGB, read-only), `source` (what it shows
+    and its license). Functions that take an image take these names too.
+
+    >>> import gnetlab as gl
+    >>> list(gl.photographs())[:5]
+    ['astronaut', 'brick', 'camera', 'cat', 'cell']
+    >>> gl.photographs()["cat"].pixels.shape
     (300, 451, 3)
+    >>> from gnetlab.net.data import preprocess  # what a network takes
+    >>> preprocess(gl.photographs()["cat"].pixels, size=64).shape
+    torch.Size([1, 3, 64, 64])
     """
     return {name: _photograph(name) for name in _PHOTOGRAPHS}
 
@@ -105,8 +114,8 @@ def open_image(image: str | Path) -> Photograph:
     path = Path(image).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"image {str(image)!r}: no such file, nor one of the photographs "
-            f"({', '.join(_PHOTOGRAPHS)})"
+            f"image {str(image)!r}: no such file, nor one of the photographs; give the path of a "
+            f"PNG, JPEG, WebP or TIFF file, or one of {', '.join(_PHOTOGRAPHS)}"
         )
     try:
         with Image.open(path) as opened:
@@ -215,6 +224,7 @@ class PhotoCrops:
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
+        _check_batch(batch_size)
         return self._cut(*self._draw("train", batch_size, seed * 1_000_003 + step))
 
     def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
@@ -335,10 +345,7 @@ class _Indexed(ABC):
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x C x size x size) and labels (batch_size) on the device."""
         count = self._count("train")
-        if batch_size > count:
-            raise ValueError(
-                f"batch_size={batch_size} asked, but there are {count} images to train on"
-            )
+        _check_batch(batch_size, count)
         per_epoch = count // batch_size
         epoch, position = divmod(step, per_epoch)
         order = _shuffled(count, seed * 1_000_003 + epoch)
@@ -348,6 +355,14 @@ class _Indexed(ABC):
         """The whole test set, in order."""
         for indices in torch.arange(self._count("test")).split(batch_size):
             yield self._fetch("test", indices)
+
+
+def _check_batch(batch_size: int, count: int | None = None) -> None:
+    """Raise ValueError for a batch without images, or with more than there are."""
+    if batch_size < 1 or (count is not None and batch_size > count):
+        there = "" if count is None else f", but there are {count} images to train on"
+        most = "" if count is None else f" and at most {count}"
+        raise ValueError(f"batch_size={batch_size} asked{there}; give at least 1{most}")
 
 
 @functools.lru_cache(maxsize=2)
@@ -379,8 +394,13 @@ class FashionMNIST(_Indexed):
         place = _fashion_mnist_folder(folder)
         self._images, self._labels = {}, {}
         for split, prefix in (("train", "train"), ("test", "t10k")):
-            images = _read_idx(place / f"{prefix}-images-idx3-ubyte")
-            labels = _read_idx(place / f"{prefix}-labels-idx1-ubyte")
+            images = _read_idx(place / f"{prefix}-images-idx3-ubyte", dimensions=3)
+            labels = _read_idx(place / f"{prefix}-labels-idx1-ubyte", dimensions=1)
+            if len(images) != len(labels):
+                raise ValueError(
+                    f"{place} has {len(images)} {split} images and {len(labels)} labels, which "
+                    "belong to different data sets; install it again"
+                )
             self._images[split] = torch.from_numpy(images).unsqueeze(1).to(self.device)
             self._labels[split] = torch.from_numpy(labels).long().to(self.device)
 
@@ -419,12 +439,14 @@ def _fashion_mnist_folder(folder: str | Path | None) -> Path:
     )
 
 
-def _read_idx(path: Path) -> np.ndarray:
-    """An IDX file (LeCun's MNIST format), gzipped or not, as a uint8 array."""
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """An IDX file (LeCun's MNIST format) of bytes, gzipped or not, as a uint8 array."""
     zipped = path.with_name(path.name + ".gz")
     try:
         content = path.read_bytes() if path.is_file() else gzip.decompress(zipped.read_bytes())
-        dimensions = content[3]
+        kind = content[:4]  # two zeros, the type of the values (8: bytes), the dimensions
+        if kind != bytes((0, 0, 8, dimensions)):
+            raise ValueError(f"it starts with {kind.hex()}, not with 000008{dimensions:02}")
         shape = np.frombuffer(content, ">u4", dimensions, 4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
@@ -450,10 +472,19 @@ class ImageFolder(_Indexed):
                     f"folder:{folder} asked, but {place} is not a folder; expected "
                     "PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val)"
                 )
-        listed = {"train": Listed(root / "train"), "test": Listed(held_out)}
+        try:
+            listed = {"train": Listed(root / "train"), "test": Listed(held_out)}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"folder:{folder} asked: {str(error).splitlines()[0]}. It takes at least one image "
+                "per class: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg (or val)"
+            ) from error
         if listed["train"].classes != listed["test"].classes:
             differ = sorted(set(listed["train"].classes) ^ set(listed["test"].classes))
-            raise ValueError(f"{root}: train and test have different classes: {', '.join(differ)}")
+            raise ValueError(
+                f"{root}: train and test have different classes: {', '.join(differ)}; each class "
+                "needs a folder in both"
+            )
         self.classes = tuple(listed["train"].classes)
         self._samples = {split: found.samples for split, found in listed.items()}
 

@@ -87,16 +87,21 @@ def fuse(model: nn.Module, *, merge: bool = True, channels_last: bool = True) ->
     ReLU works in place (so a hook that keeps a convolution's output must clone it); heads,
     dropout and hooks are left out. Weights need no gradient; MACs are those of the model.
 
+    model          a GoogLeNet of gnetlab or torchvision
     merge          False leaves the 1x1 convolutions apart
     channels_last  False leaves the weights contiguous; inputs are welcome in any memory format
 
     Raises ValueError for anything but a GoogLeNet of gnetlab or torchvision, and for one whose
     parts were replaced by others.
 
-    >>> from gnetlab.net.model import googlenet
-    >>> fused = fuse(googlenet("torchvision", width=0.25))
+    >>> import torch, gnetlab as gl
+    >>> model = gl.googlenet("torchvision", width=0.25, seed=0).eval()
+    >>> fused = gl.fuse(model)
     >>> fused.inception3a.reduce.conv  # 16 + 24 + 4 channels
     Conv2d(48, 44, kernel_size=(1, 1), stride=(1, 1))
+    >>> images = torch.rand(2, 3, 64, 64)
+    >>> torch.allclose(fused(images), model(images), atol=1e-4)
+    True
     """
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if type(model) is not GoogLeNet and kind != TORCHVISION:

@@ -5,6 +5,7 @@
 `Inception`      branch1x1, branch3x3, branch5x5, branch_pool, concatenated in this order
 `AuxiliaryHead`  pool, 1x1 convolution, two linear layers
 `ConvUnit`       convolution, batch norm if asked, ReLU
+`initialize()`   draws the weights anew, by the name of an initialization
 `branch_names()` dotted names of all branches, for `gnetlab.record`
 
 Nothing is in place, no function replaces a module, and no module runs twice: hooks and Captum see
@@ -260,6 +261,11 @@ class GoogLeNet(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         arch, smallest = self.architecture, self.architecture.smallest_input
+        if not hasattr(x, "dim"):
+            raise ValueError(
+                f"a {type(x).__name__} was given; this network takes one tensor, "
+                f"N x {arch.in_channels} x H x W (arrays: torch.from_numpy; images without labels)"
+            )
         if x.dim() != 4 or x.shape[1] != arch.in_channels:
             raise ValueError(
                 f"an input of shape {tuple(x.shape)} was given; this network takes "
@@ -272,6 +278,24 @@ class GoogLeNet(nn.Module):
                 f"the {arch.stem!r} stem and its pools can reduce is {smallest} x {smallest} "
                 "(for small images use stem='compact' or preset 'cifar')"
             )
+        if not isinstance(x, Tensor):  # what stands in for one where costs are counted
+            return
+        weight = next(self.parameters())
+        if x.dtype != weight.dtype and not _casts(x):
+            raise ValueError(
+                f"images of {x.dtype} were given; this network takes {weight.dtype}: "
+                f"images.to({weight.dtype}), or for pixels of 0..255 gnetlab.net.data.normalize"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"images on {x.device} were given, but the network is on {weight.device}; move one "
+                f"of them: images.to({str(weight.device)!r})"
+            )
+
+
+def _casts(x: Tensor) -> bool:
+    """Whether autocast makes images of this type fit."""
+    return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
 
 
 def googlenet(
@@ -280,13 +304,14 @@ def googlenet(
     weights: str | Path | None = None,
     aux: bool | str | Iterable[str] | None = None,
     num_classes: int | None = None,
-    width: float = 1.0,
+    width: float | None = None,
     init: str | tuple[str, float] | None = None,
     seed: int | None = None,
     **changes: Any,
 ) -> GoogLeNet:
-    """GoogLeNet from a preset ("paper", "torchvision", "cifar", "naive"), in training mode.
+    """GoogLeNet (Szegedy et al. 2014, arXiv 1409.4842) from a preset, in training mode.
 
+    preset       "paper", "torchvision", "cifar", "naive" (see `PRESETS`), or an `Architecture`
     weights      None, "imagenet" (torchvision's; implies the torchvision preset), "bundled" (comes
                  with gnetlab: paper preset, batch norm, no heads, the 16 classes of PhotoCrops),
                  "random" (seeded, with batch norm calibrated on photographs: fit to look at),
@@ -297,24 +322,33 @@ def googlenet(
                  width and kernels are taken
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
-    width        multiplies the channel counts, which stay at least 4
+    width        multiplies the channel counts, which stay at least 4; None means the preset's own
     init         None (PyTorch's), "torchvision", "gaussian", "caffe", "xavier", "kaiming", or
                  ("gain", g): see `initialize`
     seed         makes the initial weights reproducible without touching the global random state
     changes      fields of `Architecture`, for example norm="batch", stem="compact", reduce=False
 
-    Raises ValueError for unknown names (with the nearest) and for weights that do not fit.
+    Returns a network that takes N x in_channels x H x W float images and gives logits, N x classes;
+    in training mode with heads a named tuple `logits`, `aux1`, `aux2`. `weights_note` says which
+    weights it carries.
 
-    >>> model = googlenet("cifar")
-    >>> sum(p.numel() for p in model.parameters())
-    6166250
+    Raises ValueError for unknown names (with the nearest) and for weights that do not fit,
+    FileNotFoundError for a path that is not there, RuntimeError for "imagenet" without a network.
+
+    >>> import torch, gnetlab as gl
+    >>> model = gl.googlenet(stem="compact", norm="batch", width=0.125, num_classes=10, seed=0)
+    >>> images = torch.rand(2, 3, 32, 32)
+    >>> model(images).aux1.shape, model.eval()(images).shape  # training, eval
+    (torch.Size([2, 10]), torch.Size([2, 10]))
+    >>> gl.googlenet(weights="bundled").weights_note
+    'bundled weights (trained on crops of 16 photographs, not on ImageNet)'
     """
     if aux is not None:
         heads = {True: tuple(HEAD_AFTER), False: ()}.get(aux) if isinstance(aux, bool) else aux
         changes["heads"] = (heads,) if isinstance(heads, str) else tuple(heads)
     if num_classes is not None:
         changes["num_classes"] = num_classes
-    if width != 1.0:
+    if width is not None:
         changes["width"] = width
     if weights is not None:
         if init is not None:
@@ -329,7 +363,8 @@ def _pretrained(
     found = loading.random_start(seed) if weights == "random" else loading.find(weights)
     fitting = preset in ("paper", found.preset)
     if weights == "auto":  # a changed network, or one with heads, fits neither, and need not
-        fitting = fitting and changes.keys() <= {"heads", "dropout", "head_dropout"}
+        changed = {name for name, value in changes.items() if (name, value) != ("width", 1.0)}
+        fitting = fitting and changed <= {"heads", "dropout", "head_dropout"}
         fitting = fitting and not changes.get("heads")
     if found.preset and not fitting:
         if weights != "auto":
@@ -359,10 +394,22 @@ def _pretrained(
         if "heads" not in changes and not saved:
             stored = tuple(h for h in base.heads if f"{h}.fc1.weight" in checkpoint.state)
             base = base.change(heads=stored)
+        _check_classes(checkpoint.state, weights, changes)
         model = build(base.change(**(found.changes | changes)))
         loading.fill(model, checkpoint.state, found.path)
     model.weights_note, model.classes = found.note, found.classes
     return model
+
+
+def _check_classes(state: dict[str, Tensor], weights: str | Path, changes: dict[str, Any]) -> None:
+    """What most who ask for weights and a number of classes want is to fine-tune."""
+    count, asked = len(state.get("fc.weight", ())), changes.get("num_classes")
+    if count and asked not in (None, count):
+        raise ValueError(
+            f"weights={str(weights)!r} tell {count} classes apart, but num_classes={asked!r} was "
+            "asked; leave it out, and to fine-tune give the network a new last layer: "
+            f"model.fc = torch.nn.Linear(model.fc.in_features, {asked})"
+        )
 
 
 def build(
@@ -390,13 +437,16 @@ INITS = ("torchvision", "gaussian", "caffe", "xavier", "kaiming")
 def initialize(model: GoogLeNet, init: str | tuple[str, float] | None) -> None:
     """Draw the weights of convolutions and linear layers anew, and set their biases.
 
-    None leaves PyTorch's own. The others are normal with zero mean, and their biases zero:
+    `init` None leaves PyTorch's own. The others are normal with zero mean, and their biases zero:
     "torchvision": std 0.01, truncated at -2 and 2, which truncates nothing. "gaussian": std 0.01,
     as in AlexNet, over the root of the network's `width`, so that a narrow one has the same gain.
     "xavier", "kaiming": std sqrt(2 / (fan_in + fan_out)), sqrt(2 / fan_in). ("gain", g): std
     g * sqrt(2 / fan_in), so that ("gain", 1.0) is "kaiming".
     "caffe" is what BVLC trained GoogLeNet from: Caffe's "xavier", uniform within
     +-sqrt(3 / fan_in), with biases of 0.2 (0 in the classifiers).
+
+    Raises ValueError for an unknown `init`, and for "gaussian" on a network that is not gnetlab's,
+    whose width it needs.
     """
     if init is None:
         return
@@ -404,6 +454,11 @@ def initialize(model: GoogLeNet, init: str | tuple[str, float] | None) -> None:
     if (kind == "gain") != isinstance(init, tuple) or kind not in (*INITS, "gain"):
         raise ValueError(
             f"init={init!r} asked; choose {', '.join(map(repr, INITS))} or ('gain', g)"
+        )
+    if kind == "gaussian" and not hasattr(model, "architecture"):
+        raise ValueError(
+            f"init='gaussian' asked for a {type(model).__name__}, whose width is not known; give a "
+            "network of gnetlab.googlenet, or choose 'torchvision', 'kaiming' or ('gain', g)"
         )
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -424,11 +479,26 @@ def initialize(model: GoogLeNet, init: str | tuple[str, float] | None) -> None:
             nn.init.constant_(module.bias, 0.2 if kind == "caffe" and not classifier else 0.0)
 
 
-def branch_names(model: nn.Module) -> list[str]:
-    """Dotted names of every branch of every Inception module, in forward order.
+def check_ours(model: nn.Module) -> None:
+    """Raise ValueError for anything but a network of `googlenet()`."""
+    if not isinstance(model, GoogLeNet):
+        raise ValueError(
+            f"{type(model).__name__} is not gnetlab's GoogLeNet; give gnetlab.googlenet(...), "
+            "before gnetlab.fuse (torchvision's weights fit gnetlab.googlenet('torchvision'))"
+        )
 
-    >>> branch_names(googlenet())[:2]
-    ['inception3a.branch1x1', 'inception3a.branch3x3']
+
+def branch_names(model: nn.Module) -> list[str]:
+    """Dotted names of every branch of every Inception module of `model`, in forward order.
+
+    What `record` and `branch_attribution` take. Other networks, torchvision's and fused ones too,
+    have none: an empty list.
+
+    >>> import gnetlab as gl
+    >>> names = gl.branch_names(gl.googlenet("cifar", width=0.125))
+    >>> len(names), names[:4]  # doctest: +NORMALIZE_WHITESPACE
+    (36, ['inception3a.branch1x1', 'inception3a.branch3x3', 'inception3a.branch5x5',
+          'inception3a.branch_pool'])
     """
     return [
         f"{name}.{branch}"

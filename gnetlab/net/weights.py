@@ -211,7 +211,10 @@ def saved_architecture(fields: dict[str, Any], source: str | Path) -> Architectu
         heads = tuple(fields.get("heads", ()))
         return Architecture().change(**(fields | {"heads": heads}))
     except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source} holds an architecture that cannot be read: {error}") from error
+        raise ValueError(
+            f"{source} holds an architecture that cannot be read: {error}. Save its 'model' alone, "
+            "a plain state dict, and give googlenet() the fields"
+        ) from error
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:

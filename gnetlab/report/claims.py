@@ -11,6 +11,7 @@ A criterion sees only the measured numbers. A verdict is "supported", "not suppo
 
 from __future__ import annotations
 
+import difflib
 import html
 import json
 import math
@@ -413,22 +414,42 @@ def check(
 ) -> Verdict:
     """Judge a claim by its criterion and keep the verdict in `directory`/claims.
 
-    `measured` holds the numbers that the claim needs (more are kept, for the reader); None means
-    not measured, and then `reason` says why. `figure` is the saved figure's name that shows it.
+    claim_id   one of `CLAIMS`, each with its source, its criterion and the numbers that it `needs`
+    measured   those numbers by name (more are kept, for the reader); None means not measured
+    figure     the saved figure's name that shows it
+    reason     why it was not measured
 
-    Raises ValueError for an unknown claim, a missing number, or None without a reason.
+    Returns the `Verdict`, whose `verdict` is "supported", "not supported", "depends" or "not
+    measured"; in a notebook it shows as a table row. Raises ValueError for an unknown claim, a
+    missing number, or None without a reason.
+
+    >>> from gnetlab.report import claims
+    >>> claims.CLAIMS["reduction"].needs["mac_ratio"]
+    'multiply-adds of the nine modules, naive over reduced'
+    >>> measured = {"mac_ratio": 4.2, "final_width_ratio": 3.0, "width_grows": True}
+    >>> claims.check("reduction", measured, directory="results").verdict
+    'supported'
+    >>> claims.check("vgg-cost", None, reason="no network", directory="results")
+    vgg-cost: not measured (no network)
     """
     if claim_id not in CLAIMS:
-        raise ValueError(f"unknown claim {claim_id!r}. Known: {', '.join(CLAIMS)}")
+        near = difflib.get_close_matches(str(claim_id), CLAIMS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown claim {claim_id!r}.{hint} Known: {', '.join(CLAIMS)}")
     claim = CLAIMS[claim_id]
     if measured is None:
         if not reason:
-            raise ValueError(f"claim {claim_id!r}: measured=None needs a reason")
+            raise ValueError(
+                f"claim {claim_id!r}: measured=None needs a reason; give reason=, or the numbers"
+            )
         verdict = NOT_MEASURED
     else:
         missing = [f"{name} ({what})" for name, what in claim.needs.items() if name not in measured]
         if missing:
-            raise ValueError(f"claim {claim_id!r} needs {'; '.join(missing)}")
+            raise ValueError(
+                f"claim {claim_id!r} needs {'; '.join(missing)}; add them to `measured`, or give "
+                "None with a reason"
+            )
         verdict, reason = claim.judge(measured)
     judged = Verdict(claim_id, verdict, reason, dict(measured or {}), figure, claim.notebook,
                      claim.text, claim.source, claim.criterion)  # fmt: skip

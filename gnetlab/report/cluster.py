@@ -78,7 +78,8 @@ class Cluster:
             self.client.wait_for_workers(1, timeout=PATIENCE)
         if not (found := self._look()):
             raise ReportError(
-                f"--scheduler {self.address} asked, no worker is there; start some (dask worker)"
+                f"--scheduler {self.address} asked, but no worker is there; start some: "
+                f"dask worker {self.address}"
             )
         for address, (differs, _) in found.items():
             if differs:

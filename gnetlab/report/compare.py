@@ -66,12 +66,17 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
+        raise ValueError(
+            f"{file} cannot be read as JSON: {error}; make the report again"
+        ) from error
     lists = isinstance(manifest, dict) and all(
         isinstance(manifest.get(key), list) for key in ("notebooks", "claims")
     )
     if not lists:
-        raise ValueError(f"{file} is no report's manifest: it lacks notebooks and claims")
+        raise ValueError(
+            f"{file} is no report's manifest: it lacks notebooks and claims; give a folder that "
+            "gnetlab report has written"
+        )
     return manifest, file.parent
 
 

@@ -165,7 +165,10 @@ def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Pat
     run_here = {entry["notebook"] for entry in entries if entry["status"] in GOOD}
     lacking = sorted({path.stem for path in notebooks_folder().glob("*.ipynb")} - run_here)
     if lacking:
-        raise ReportError(f"--publish needs every notebook done; lacking: {', '.join(lacking)}")
+        raise ReportError(
+            f"--publish needs every notebook done; lacking: {', '.join(lacking)}. Name none, so "
+            "that all are run"
+        )
     if any(entry["grid"] for entry in entries):
         raise ReportError("--publish takes one run of each notebook; leave --grid out")
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
