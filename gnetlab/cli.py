@@ -595,14 +595,17 @@ def train(
       gnetlab train bundled --steps 100 --output try.safetensors
     """
     from gnetlab.measure.bundled import train_bundled
-    from gnetlab.measure.devices import resolve_device
+    from gnetlab.measure.distributed import own_device, processes
 
     if what != "bundled":
         raise _usage_error(f"train {what} asked; there is one recipe: gnetlab train bundled")
     try:
-        card = train_bundled(output, device=resolve_device(device), steps=steps)
+        place = own_device(device)
+        card = train_bundled(output, device=place, steps=steps)
     except ValueError as error:
         raise _usage_error(str(error)) from error
+    if not processes(place).first:
+        return
     typer.echo(f"{output}: SHA-256 {card['sha256']}")
     for side, accuracy in card["held_out_accuracy"].items():
         typer.echo(f"held-out crops of {side} px: {accuracy:.1%} of the photographs told")

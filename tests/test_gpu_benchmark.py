@@ -179,7 +179,7 @@ def test_a_step_that_hangs_leaves_time_for_the_others(gpu, run, monkeypatch):
 
 
 def test_a_failure_is_told_and_does_not_stop_the_others(gpu, run, monkeypatch):
-    scripts(gpu, monkeypatch, bad="open('/home/someone/x')", good=NUMBER)
+    scripts(gpu, monkeypatch, bad="open('/srv/someone/x')", good=NUMBER)
     status, results = run("--part", "benchmarks")
     assert status == 1
     assert statuses(results, "benchmarks") == {"bad": "failed", "good": "done"}

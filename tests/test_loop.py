@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gnetlab as gl
-from gnetlab.measure import loop
+from gnetlab.measure import loop, steps
 from gnetlab.measure.gradients import GradientRecorder, gradient_flow
 from gnetlab.measure.loop import evaluate, train
 
@@ -237,7 +237,7 @@ def test_weight_decay_can_depend_on_the_name():
 
 def test_the_cosine_scales_the_learning_rate_of_every_group(monkeypatch):
     asked = []
-    monkeypatch.setattr(loop, "_cosine", lambda *place: asked.append(place) or 0.0)
+    monkeypatch.setattr(loop, "rate_share", lambda *place: asked.append(place) or 0.0)
     model = small()
     before = [p.detach().clone() for p in model.parameters()]
     train(model, Blobs(), steps=2, batch_size=4, learning_rate=0.1, cosine=True, progress=False,
@@ -439,6 +439,18 @@ def test_channels_last_is_the_same_training():
     pd.testing.assert_frame_equal(fast, plain, rtol=1e-3)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_algorithms_for_the_length_of_the_training(wanted):
+    model, modes = small(), []
+    model.register_forward_pre_hook(
+        lambda *_: modes.append(torch.are_deterministic_algorithms_enabled())
+    )
+    found = run(model, steps=2, deterministic=wanted)
+    assert modes == [wanted] * (2 + 3)  # training and test batches
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert_equal(found, run(steps=2))
+
+
 def test_evaluate_equals_a_direct_computation():
     weights, _ = run(steps=3)
     model = small()
@@ -615,7 +627,7 @@ def test_a_loss_that_is_not_finite_keeps_the_gradients():
     pd.testing.assert_frame_equal(kept, direct.totals(), check_exact=True)
 
 
-class OnCPU(loop._Captured):
+class OnCPU(steps.Captured):
     """Records a step as a graph would be, without one: same memory in, same memory out."""
 
     def __init__(self, update):
@@ -677,10 +689,10 @@ def captured(monkeypatch):
     """`train` captures on the CPU too; all that were made, and all optimizers."""
     made, optimizers = [], []
     monkeypatch.setattr(loop, "_check_capture", lambda *_: None)
-    monkeypatch.setattr(loop, "_Captured", lambda update: made.append(OnCPU(update)) or made[-1])
-    real = loop._optimizer
+    monkeypatch.setattr(loop, "Captured", lambda update: made.append(OnCPU(update)) or made[-1])
+    real = loop.make_optimizer
     monkeypatch.setattr(
-        loop, "_optimizer", lambda *options: optimizers.append(real(*options)) or optimizers[-1]
+        loop, "make_optimizer", lambda *options: optimizers.append(real(*options)) or optimizers[-1]
     )
     return made, optimizers
 
@@ -722,13 +734,13 @@ def test_the_optimizer_of_a_captured_step_takes_the_same_steps(name):
 
     models, trained = (small(norm=None), small(norm=None)), []
     for model, capture in zip(models, (False, True), strict=True):
-        optimizer = loop._optimizer(name, model, 0.5, 0.9, decay, name == "sgd", capture)
+        optimizer = steps.make_optimizer(name, model, 0.5, 0.9, decay, name == "sgd", capture)
         assert len(optimizer.param_groups) == 2
         generator = torch.Generator().manual_seed(0)
         for rate in (0.01, 0.003, 0.02, 0.0, 0.01):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-            loop._set_rate(optimizer, rate)
+            steps.set_rate(optimizer, rate)
             optimizer.step()
         for group in optimizer.param_groups:
             assert isinstance(group["lr"], torch.Tensor) == capture

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 import gnetlab as gl
-from gnetlab.measure import training
+from gnetlab.measure import devices, training
 from gnetlab.measure.gradients import GradientRecorder, gradient_flow
 from gnetlab.measure.loop import METRICS, train
 from gnetlab.measure.training import (
@@ -156,8 +157,8 @@ def test_equal_experiments_have_equal_keys_though_the_types_of_their_numbers_dif
 
 
 def test_the_code_is_digested_file_by_file(tmp_path, monkeypatch):
-    names = ["measure/loop.py", "measure/gradients.py", "net/model.py", "net/architecture.py",
-             "net/data.py", "net/datasets.py"]  # fmt: skip
+    names = ["measure/loop.py", "measure/steps.py", "measure/gradients.py", "net/model.py",
+             "net/architecture.py", "net/data.py", "net/datasets.py"]  # fmt: skip
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -699,12 +700,35 @@ def test_how_many_processes_and_threads(monkeypatch, cores, workers, processes, 
         concurrent.futures, "ProcessPoolExecutor", lambda *options: asked.append(options)
     )
     local_executor("cpu", workers)
-    monkeypatch.setattr(training, "resolve_device", lambda _: torch.device("cuda"))
-    local_executor("cuda")
-    (count, context, _, options), on_gpu = asked
-    assert (count, options) == (processes, (threads,))
+    (count, context, begin, (found, places)) = asked.pop()
+    assert (count, found) == (processes, threads)
     assert context.get_start_method() == "spawn"
-    assert on_gpu[0] == 4
+    assert begin is training._begin
+    assert [places.get() for _ in range(count)] == [None] * count
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "chosen"),
+    [
+        ("cuda", None, [0, 1, 2] * 4),
+        ("auto", 4, [0, 1, 2, 0]),
+        ("cuda:1", None, [None] * 4),
+        ("cpu", 2, [None] * 2),
+    ],
+)
+def test_processes_are_spread_over_the_gpus(monkeypatch, device, workers, chosen):
+    monkeypatch.setattr(devices, "_fault", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *options: options)
+    count, _, _, (_, places) = local_executor(device, workers)
+    assert count == len(chosen)
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "set_device", set_to.append)
+    monkeypatch.setattr(training.threading, "Thread", lambda **_: SimpleNamespace(start=list))
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    for _ in chosen:
+        training._begin(torch.get_num_threads(), places)
+    assert set_to == [gpu for gpu in chosen if gpu is not None]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

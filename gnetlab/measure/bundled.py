@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gnetlab.measure.distributed import processes
 from gnetlab.measure.loop import evaluate, train
 from gnetlab.net.architecture import architecture
 from gnetlab.net.augment import AugmentedCrops
@@ -78,9 +79,10 @@ def train_bundled(
 
     An interrupted training goes on from the checkpoints beside `path`, which belong to one recipe
     and are removed at the end. `steps` shortens each phase. Returns the card: recipe, accuracy on
-    held-out crops without augmentation, SHA-256, versions.
+    held-out crops without augmentation, SHA-256, versions. Under torchrun its processes train
+    together, as in `train`, and the first one writes.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path, device = Path(path), torch.device(device)
     phases = [phase | ({"steps": steps} if steps else {}) for phase in RECIPE["phases"]]
@@ -103,22 +105,24 @@ def train_bundled(
         for name, tensor in model.to("cpu", memory_format=torch.contiguous_format).eval()
         .state_dict().items()
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
     model.load_state_dict(state)  # what is measured is what was written
+    content = save(state)
     card = {
         "network": "paper preset with batch norm, true 5x5, no heads, 16 classes",
         "data": "crops of scikit-image's photographs, under gnetlab.net.augment",
         "recipe": recipe,
         "held_out_accuracy": held_out_accuracy(model.to(device)),
         "conv1_low_frequency": low_frequency_energy(model.conv1.conv),
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "torch": torch.__version__,
         "device": device.type,
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-    for checkpoint in path.parent.glob(f"{path.stem}.{mark}-*.pt"):
-        checkpoint.unlink()
+    if processes(device).first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+        for checkpoint in path.parent.glob(f"{path.stem}.{mark}-*.pt"):
+            checkpoint.unlink()
     return card
 
 

@@ -137,8 +137,10 @@ def fork_random(device: torch.device) -> Iterator[None]:
 def deterministic(on: bool = True) -> Iterator[None]:
     """Inside, equal seeds give equal bits on the same GPU, driver and PyTorch, where PyTorch can.
 
-    >>> with deterministic():  # doctest: +SKIP
-    ...     metrics = gl.train(model, data, steps=600, seed=0)
+    >>> import gnetlab as gl
+    >>> model, images = gl.googlenet("cifar", width=0.125), torch.randn(2, 3, 32, 32)
+    >>> with deterministic():
+    ...     flow = gl.gradient_flow(model, images, torch.tensor([0, 1]))
 
     On the CPU they do anyway, with equal thread counts. On CUDA convolutions take cuDNN's
     deterministic algorithms, chosen without trying which is fastest, and cuBLAS a fixed workspace.

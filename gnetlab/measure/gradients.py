@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -433,12 +433,19 @@ class GradientRecorder:
         """Whether the coming backward pass is one that is split."""
         return bool(self.every) and self.step % self.every == 0
 
-    def before_backward(self, losses: Mapping[str, Tensor]) -> None:
-        """Split the gradient of these losses, if it is time; their graph is kept."""
+    def before_backward(
+        self, losses: Mapping[str, Tensor], average: Callable[[Tensor], Tensor] = lambda g: g
+    ) -> None:
+        """Split the gradient of these losses, if it is time; their graph is kept.
+
+        `average` gives what is recorded of each gradient: its mean over several processes.
+        """
         if self.splits_now():
             with torch.no_grad():
-                products = _split(losses, dict(self._layers), keep=True).products()
-            self._splits.append((self.step, products))
+                split = _split(losses, dict(self._layers), keep=True)
+                for by_source in split.gradients.values():
+                    by_source |= {source: average(g) for source, g in by_source.items()}
+                self._splits.append((self.step, split.products()))
 
     def after_backward(self) -> None:
         """Keep the norm of every weight's `.grad`."""

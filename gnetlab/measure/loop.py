@@ -20,14 +20,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder, weighted_losses
+from gnetlab.measure.devices import deterministic as deterministic_algorithms
+from gnetlab.measure.devices import fork_random
+from gnetlab.measure.distributed import ALONE, Processes, processes
+from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.hooks import in_mode
+from gnetlab.measure.steps import (
+    NORMS,
+    Captured,
+    Metrics,
+    Step,
+    make_optimizer,
+    rate_share,
+    set_rate,
+)
 
 METRICS = ("step", "split", "source", "loss", "accuracy")
 OPTIMIZERS = ("sgd", "adam")
 _READ_EVERY = 20  # steps between transfers of the metrics from the device
-_WARM_UP = 3  # steps before one is captured, as torch's notes on CUDA graphs ask
-Metrics = dict[str, tuple[Tensor, Tensor | None]]
 
 
 def train(
@@ -52,6 +62,8 @@ def train(
     mixed_precision: bool = False,
     channels_last: bool = False,
     capture: bool | None = None,
+    deterministic: bool = False,
+    distributed: bool = True,
     checkpoint: str | Path | None = None,
     save_every: int = 500,
     progress: bool = True,
@@ -76,7 +88,10 @@ def train(
     channels_last    memory format of the weights and images; True is quicker on a CPU
     seed             of the order of the images and of dropout
     capture          run the step as a CUDA graph, which spares small networks most of their time on
-                     a GPU (None: on CUDA; elsewhere there is none)
+                     a GPU (None: on CUDA, but not under torchrun; elsewhere there is none)
+    deterministic    equal seeds then give equal results on a GPU too, where PyTorch can; for what
+                     it costs, and where it cannot, see `gnetlab.measure.devices.deterministic`
+    distributed      under torchrun, share every batch out to its processes
     progress         a bar, on a terminal and in Jupyter only
     checkpoint       file to save to every `save_every` steps and at the end, written atomically;
                      if it exists, training goes on from it, exactly as if never interrupted
@@ -86,8 +101,19 @@ def train(
     cross-entropy in nats; total weighted), `accuracy` (fraction of the images, NA for total). Equal
     seeds give equal results on the CPU.
 
+    **On several GPUs**: `torchrun --nproc-per-node 2 script.py`, where the script calls `train` in
+    every process, with model and data on `gnetlab.measure.distributed.own_device()`. Each takes its
+    part of the batch of `batch_size` images, dropout and batch norm included, by
+    DistributedDataParallel; all get the same metrics and weights, those of one process up to
+    rounding, which grows with the steps (on a GPU dropout's masks may be others). The first one
+    writes `checkpoint`, from which all go on, with more or fewer processes too: with `torchrun
+    --max-restarts 3` a training survives a killed process.
+
+    A batch that is too large for the GPU's memory is taken in two halves, with a warning.
+
     Raises ValueError for unknown options and a checkpoint that cannot be gone on from, and
-    RuntimeError at a non-finite loss, with the metrics so far in its `metrics`.
+    RuntimeError at a non-finite loss, with the metrics so far in its `metrics`, or if half a batch
+    does not fit into memory either.
 
     >>> import gnetlab as gl
     >>> from gnetlab.net.data import load
@@ -99,69 +125,59 @@ def train(
     [[2, 'main']]
     """
     device = next(model.parameters()).device
-    capture = device.type == "cuda" if capture is None else capture
     check_options(optimizer, heads_until)
-    _check_capture(capture, device)
+    among = processes(device) if distributed else ALONE
+    _check_batch(batch_size, among)
+    _check_capture(capture, device, among)
+    capture = (device.type == "cuda" and among.size == 1) if capture is None else capture
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    updates = _optimizer(optimizer, model, learning_rate, momentum, weight_decay, nesterov, capture)
+    updates = make_optimizer(
+        optimizer, model, learning_rate, momentum, weight_decay, nesterov, capture
+    )
+    step_of = Step(among.wrap(model), updates, among, gradients, clip, mixed_precision)
+    take = Captured(step_of) if capture else step_of
     path = Path(checkpoint) if checkpoint else None
     records: list[dict[str, Any]] = []
-    start, parameters = 0, list(model.parameters())
-    autocast = torch.autocast(device.type, torch.bfloat16, mixed_precision, cache_enabled=False)
-
-    def update(images: Tensor, labels: Tensor, weight: float, split: bool) -> Metrics:
-        with contextlib.nullcontext() if split else autocast:
-            output = model(images)
-        losses = weighted_losses(_in_float(output), labels, weight)
-        updates.zero_grad(set_to_none=True)
-        if split:
-            gradients.before_backward(losses)
-        total = torch.stack(list(losses.values())).sum()
-        total.backward()
-        metrics = _metrics(output, labels, total)
-        if gradients:
-            metrics[_NORMS] = (gradients.norms(), None)
-        if clip is not None:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        updates.step()
-        return metrics
-
-    take = _Captured(update) if capture else update
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    start = 0
+    with fork_random(device), deterministic_algorithms(deterministic):
         torch.manual_seed(seed)  # dropout
         if path and path.exists():
             start, records = _resume(path, model, updates, gradients, device)
+        among.agree(start, f"the step at which checkpoint {path} goes on")
         pending: list[tuple[int, Metrics]] = []
-        bar = tqdm(range(start, steps), initial=start, total=steps, disable=not progress or None)
+        quiet = not among.first or not progress or None
         model.train()
-        for step in bar:
+        for step in tqdm(range(start, steps), initial=start, total=steps, disable=quiet):
             if cosine:
-                _set_rate(updates, learning_rate * _cosine(step, steps))
-            images, labels = data.train_batch(step, batch_size, seed)
+                set_rate(updates, learning_rate * rate_share(step, steps))
+            images, labels = map(among.rows, data.train_batch(step, batch_size, seed))
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             weight = head_weight if step < heads_until * steps else 0.0
             split = gradients is not None and gradients.splits_now()
-            metrics = (update if split else take)(images, labels, weight, split)
+            metrics = (step_of if split else take)(images, labels, weight, split)
             if gradients:
-                gradients.keep(metrics.pop(_NORMS)[0])
+                gradients.keep(metrics.pop(NORMS)[0])
             pending.append((step + 1, metrics))
             at_end = step + 1 == steps
             save = path is not None and (at_end or (step + 1) % save_every == 0)
             test = at_end or (test_every is not None and (step + 1) % test_every == 0)
             if save or test or len(pending) == _READ_EVERY:
-                _read(pending, records)
+                _read(pending, records, among)
             if test:
                 for name in ("test", "train")[: 2 if train_batches else 1]:
                     scores = evaluate(
-                        model, data, split=name, batches=train_batches, channels_last=channels_last
-                    )
+                        model, data, split=name, batches=train_batches,
+                        channels_last=channels_last, among=among,
+                    )  # fmt: skip
                     name = "test" if name == "test" else "train_eval"
                     records.append({"step": step + 1, "split": name, "source": "main", **scores})
                 _check_finite(records)
             if save:
-                _save(path, model, updates, gradients, step + 1, records, device)
+                if among.first:
+                    _save(path, model, updates, gradients, step + 1, records, device)
+                among.wait()
     return _frame(records)
 
 
@@ -173,78 +189,54 @@ def check_options(optimizer: str, heads_until: float) -> None:
         raise ValueError(f"heads_until={heads_until} asked; give a fraction of the steps, 0 to 1")
 
 
-def _check_capture(capture: bool, device: torch.device) -> None:
+def _check_batch(batch_size: int, among: Processes) -> None:
+    if batch_size % among.size:
+        raise ValueError(
+            f"batch_size={batch_size} asked, for {among.size} processes with equal parts of it; "
+            f"give a multiple of {among.size}"
+        )
+
+
+def _check_capture(capture: bool | None, device: torch.device, among: Processes) -> None:
     if capture and device.type != "cuda":
         raise ValueError(
             f"capture=True asked, but the model is on {device.type}, which has no CUDA graphs; "
             "leave it out"
         )
-
-
-_NORMS = "norms"  # of the gradients, which pass through a step beside its metrics
-
-
-class _Captured:
-    """A training step that is recorded once as a CUDA graph, and replayed from then on.
-
-    The first steps run as they are, on a stream of their own, and are part of the training.
-    """
-
-    def __init__(self, update: Callable[[Tensor, Tensor, float, bool], Metrics]) -> None:
-        self._update, self._graph, self._kept = update, None, None
-        self._taken = 0
-
-    def __call__(self, images: Tensor, labels: Tensor, weight: float, split: bool) -> Metrics:
-        kept = (images.shape, weight)  # what the graph has baked in
-        if self._taken < _WARM_UP:
-            self._taken += 1
-            return self._aside(images, labels, weight, split)
-        if self._kept != kept:
-            self._images, self._labels, self._kept = images.clone(), labels.clone(), kept
-            self._graph = self._recorded(weight, split)
-        self._images.copy_(images)
-        self._labels.copy_(labels)
-        self._graph.replay()
-        return {
-            source: (values.clone(), None if scores is None else scores.clone())
-            for source, (values, scores) in self._metrics.items()
-        }
-
-    def _aside(self, *step: Any) -> Metrics:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            metrics = self._update(*step)
-        torch.cuda.current_stream().wait_stream(side)
-        return metrics
-
-    def _recorded(self, weight: float, split: bool) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._metrics = self._update(self._images, self._labels, weight, split)
-        return graph
+    if capture and among.size > 1:
+        raise ValueError(
+            f"capture=True asked, with {among.size} processes whose gradients meet in every step; "
+            "leave it out"
+        )
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, data: Any, *, split: str = "test", batches: int = 8,
-    channels_last: bool = False,
+    channels_last: bool = False, among: Processes = ALONE,
 ) -> dict[str, float]:  # fmt: skip
     """`loss` (mean cross-entropy in nats) and `accuracy` (fraction) in eval mode.
 
     On all test images, or with `split="train"` on `batches` batches of up to 256 training images.
+    `among` several processes, each of which calls this, the images are shared out.
     """
-    loss = correct = count = 0
+    loss = correct = torch.zeros((), device=next(model.parameters()).device)
+    count = 0
     chosen = data.test_batches() if split == "test" else _training_batches(data, batches)
     with in_mode(model, training=False):
         for images, labels in chosen:
+            images, labels = images[among.rank :: among.size], labels[among.rank :: among.size]
+            if not len(labels):
+                continue
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             logits = model(images)
             loss = loss + F.cross_entropy(logits, labels, reduction="sum")
             correct = correct + (logits.argmax(1) == labels).sum()
             count += len(labels)
-    return {"loss": float(loss) / count, "accuracy": float(correct) / count}
+    sums = torch.stack([loss, correct, loss.new_tensor(count)])
+    loss, correct, count = among.sum(sums).tolist()
+    return {"loss": loss / count, "accuracy": correct / count}
 
 
 def _training_batches(data: Any, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -259,81 +251,20 @@ def _training_batches(data: Any, batches: int) -> Iterator[tuple[Tensor, Tensor]
         yield data.train_batch(step, size, 0)
 
 
-def _optimizer(
-    name: str, model: nn.Module, rate: float, momentum: float,
-    weight_decay: float | Callable[[str], float], nesterov: bool, capture: bool,
-) -> torch.optim.Optimizer:  # fmt: skip
-    groups, device = _groups(model, weight_decay), next(model.parameters()).device
-    # One pass over the memory instead of one per operation.
-    fused = {"fused": device.type in ("cpu", "cuda")}
-    if capture:  # a graph reads the learning rate from the device
-        rate = torch.tensor(rate, device=device)
-    if name == "adam":
-        return torch.optim.Adam(groups, rate, capturable=capture, **fused)
-    return torch.optim.SGD(groups, rate, momentum=momentum, nesterov=nesterov, **fused)
+def _read(pending: list, records: list[dict[str, Any]], among: Processes) -> None:
+    """Move metrics from the device to `records`, as means over the processes.
 
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def _groups(model: nn.Module, weight_decay: float | Callable[[str], float]) -> list[dict[str, Any]]:
-    """Parameters by weight decay, as the optimizer takes them."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decay = weight_decay(name) if callable(weight_decay) else weight_decay
-        groups.setdefault(decay, []).append(parameter)
-    return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-
-
-def _cosine(step: int, steps: int) -> float:
-    """The share of the learning rate at a step.
-
-    >>> [round(_cosine(step, 100), 3) for step in (0, 1, 2, 51, 99)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
+    Stops at the first loss that is not finite; all processes do.
     """
-    warm = max(1, round(0.02 * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
-
-
-def _in_float(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.float()
-    return output._replace(**{k: v.float() for k, v in output._asdict().items() if v is not None})
-
-
-def _metrics(output: Any, labels: Tensor, total: Tensor) -> Metrics:
-    logits = {"main": output} if isinstance(output, Tensor) else output._asdict()
-    metrics: Metrics = {}
-    with torch.no_grad():
-        for source, values in logits.items():
-            if values is not None:
-                loss = F.cross_entropy(values.float(), labels)
-                accuracy = (values.argmax(1) == labels).float().mean()
-                metrics["main" if source == "logits" else source] = (loss, accuracy)
-    metrics["total"] = (total.detach(), None)
-    return metrics
-
-
-def _read(pending: list, records: list[dict[str, Any]]) -> None:
-    """Move metrics from the device to `records`; stop at the first loss that is not finite."""
-    for step, metrics in pending:
-        for source, (loss, accuracy) in metrics.items():
-            records.append(
-                {
-                    "step": step,
-                    "split": "train",
-                    "source": source,
-                    "loss": float(loss),
-                    "accuracy": float("nan") if accuracy is None else float(accuracy),
-                }
-            )
+    rows = [(step, source, *pair) for step, found in pending for source, pair in found.items()]
+    # Everything at once: one message, one transfer. All have equal parts of the batch.
+    pairs = torch.stack([torch.stack([loss, loss if s is None else s]) for *_, loss, s in rows])
+    means = among.average(pairs).tolist()
+    for (step, source, _, scores), (loss, accuracy) in zip(rows, means, strict=True):
+        accuracy = math.nan if scores is None else accuracy
+        records.append(
+            {"step": step, "split": "train", "source": source, "loss": loss, "accuracy": accuracy}
+        )
     pending.clear()
     _check_finite(records)
 

@@ -15,6 +15,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +27,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gnetlab.measure.devices import device_name, resolve_device
+from gnetlab.measure.distributed import own_device, processes
 from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.loop import METRICS, check_options, train
 from gnetlab.net.architecture import architecture
@@ -88,6 +89,7 @@ class Experiment:
     train_batches: int = 0
     gradients_every: int = 0
     mixed_precision: bool = False
+    deterministic: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -173,7 +175,7 @@ def _initialization(name: str) -> str | tuple[str, float] | None:
 def _code() -> str:
     """Digest of the files that decide a result: records of other code are not reused."""
     here = Path(__file__).parent
-    names = ("loop.py", "gradients.py", "../net/model.py", "../net/architecture.py",
+    names = ("loop.py", "steps.py", "gradients.py", "../net/model.py", "../net/architecture.py",
              "../net/data.py", "../net/datasets.py")  # fmt: skip
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
 
@@ -209,7 +211,14 @@ def study(
 
     A run whose loss becomes infinite or NaN is a result: its metrics until then are kept. Any other
     error ends the study; finished runs are kept. So they are at Ctrl-C, when an executor's
-    processes still end what they have begun. Raises ValueError for unknown fields, values, or data
+    processes still end what they have begun.
+
+    Under `torchrun --nproc-per-node N script.py`, whose N processes all call this, each takes every
+    N-th of the missing runs, on a GPU of its own, and all return the whole frame. A run is the same
+    as without torchrun: small networks gain nothing from sharing a batch. `folder` must be on a
+    disk that all see; after a killed process `--max-restarts` goes on from the finished runs.
+
+    Raises ValueError for unknown fields, values, or data
     and for a folder that cannot be written, before anything runs.
 
     >>> import gnetlab as gl
@@ -225,7 +234,13 @@ def study(
     if frame not in FRAMES:
         raise ValueError(f"frame={frame!r} asked; choose {' or '.join(FRAMES)}")
     experiments, named = _experiments(grid, shared)
-    folder, device = Path(folder), resolve_device(str(device))
+    folder, device = Path(folder), own_device(device)
+    among = processes(device)
+    if executor and among.size > 1:
+        raise ValueError(
+            f"executor={executor!r} asked under torchrun, whose {among.size} processes share the "
+            "runs already; leave one of the two out"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -235,7 +250,12 @@ def study(
     missing = {path: e for path, e in paths.items() if not path.exists()}
     for name, size in {(e.data, e.size) for e in missing.values() if e.data != "photocrops"}:
         _data(name, size, str(device))  # data that are not there are noticed here
-    _run_all(missing, str(device), executor, progress, folder)
+    if executor:
+        _run_elsewhere(missing, str(device), executor, progress, folder)
+    else:
+        with among.shared_out([path.name for path in missing]) as names:
+            mine = {folder / name: paths[folder / name] for name in names}
+            _run_here(mine, str(device), progress and among.first)
     frames = []
     for path, experiment in paths.items():
         facts, found = _read_record(path, frame)
@@ -258,7 +278,7 @@ def _experiments(grid: Any, shared: Mapping[str, Any]) -> tuple[list[Experiment]
             name: list(value) if isinstance(value, Iterable) and not isinstance(value, str) else
             [value] for name, value in fields.items()
         }  # fmt: skip
-        for values in product(*many.values()):
+        for values in itertools.product(*many.values()):
             chosen = {**shared, **dict(zip(many, values, strict=True))}
             # numpy's and pandas' numbers as Python's
             chosen = {k: v.item() if hasattr(v, "item") else v for k, v in chosen.items()}
@@ -269,16 +289,21 @@ def _experiments(grid: Any, shared: Mapping[str, Any]) -> tuple[list[Experiment]
     return list(experiments), list(named)
 
 
-def _run_all(
-    missing: Mapping[Path, Experiment], device: str, executor: Any, progress: bool, folder: Path
-) -> None:
-    bar = tqdm(total=len(missing), unit="run", disable=(not progress or not missing) or None)
-    if executor is None:
+def _run_here(missing: Mapping[Path, Experiment], device: str, progress: bool) -> None:
+    with _bar(missing, progress) as bar:
         for path, experiment in missing.items():
             _write(path, run(experiment, device))
             bar.update()
-        bar.close()
-        return
+
+
+def _bar(missing: Mapping[Path, Experiment], progress: bool) -> tqdm:
+    return tqdm(total=len(missing), unit="run", disable=(not progress or not missing) or None)
+
+
+def _run_elsewhere(
+    missing: Mapping[Path, Experiment], device: str, executor: Any, progress: bool, folder: Path
+) -> None:
+    bar = _bar(missing, progress)
     finished: queue.Queue = queue.Queue()
 
     def keep(path: Path, future: Any) -> None:
@@ -329,10 +354,10 @@ def _run(experiment: Experiment, device: str) -> str:
     start, stopped = time.perf_counter(), None
     names = ("steps", "batch_size", "learning_rate", "optimizer", "weight_decay", "cosine", "clip",
              "head_weight", "heads_until", "test_every", "train_batches", "mixed_precision",
-             "seed")  # fmt: skip
+             "deterministic", "seed")  # fmt: skip
     try:
         metrics = train(
-            model, data, channels_last=True, progress=False,
+            model, data, channels_last=True, progress=False, distributed=False,
             gradients=recorder if experiment.gradients_every else None,
             **{name: getattr(experiment, name) for name in names},
         )  # fmt: skip
@@ -384,23 +409,28 @@ def _read_record(path: Path, frame: str) -> tuple[dict[str, Any], pd.DataFrame]:
 def local_executor(
     device: str | torch.device = "auto", workers: int | None = None
 ) -> concurrent.futures.Executor:
-    """Processes for `study`: on the CPU one per core, with a thread each; on a GPU four share it.
+    """Processes for `study`: on the CPU one per core, with a thread each; four on every GPU.
 
     A small network uses neither two cores nor a whole GPU well: several at once are done sooner.
-    In a script, call it under `if __name__ == "__main__":`, as the processes import the script.
+    "auto" and "cuda" are all GPUs of the machine, "cuda:1" is that one. In a script, call it under
+    `if __name__ == "__main__":`, as the processes import the script.
 
     In a notebook that `gnetlab report --scheduler` has sent to a Dask cluster (it sets
     GNETLAB_SCHEDULER), the workers of that cluster run the experiments, whatever `workers` says.
     """
-    on_cpu = resolve_device(str(device)).type == "cpu"
+    found = resolve_device(str(device))
     if address := os.environ.get("GNETLAB_SCHEDULER"):
-        return _cluster_executor(address, on_cpu)
+        return _cluster_executor(address, found.type == "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores = int(os.environ.get("GNETLAB_CORES", cores))  # this notebook's share of them
-    workers = workers or (cores if on_cpu else 4)
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _begin, (max(1, cores // workers),)
-    )
+    gpus = range(torch.cuda.device_count()) if found == torch.device("cuda") else []
+    workers = workers or (cores if found.type == "cpu" else 4 * max(1, len(gpus)))
+    context = multiprocessing.get_context("spawn")
+    places = context.SimpleQueue()  # each process takes one
+    for _, gpu in zip(range(workers), itertools.cycle(gpus or [None]), strict=False):
+        places.put(gpu)
+    threads = max(1, cores // workers)
+    return concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (threads, places))
 
 
 def _cluster_executor(address: str, on_cpu: bool) -> concurrent.futures.Executor:
@@ -430,10 +460,13 @@ def _on_worker(function: Any, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, places: Any) -> None:
     """What a worker does first; it ends with its parent, even a killed one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: the pool stays whole
     torch.set_num_threads(threads)
+    gpu = places.get()
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # which "cuda" is from now on
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
