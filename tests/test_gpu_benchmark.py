@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import gnetlab as gl
+from gnetlab.measure import devices
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # Plays `gnetlab report`: each notebook is done, and a manifest says so of those asked for.
@@ -86,10 +87,11 @@ def test_a_step_that_there_is_not(gpu, tmp_path, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_cuda_nothing_is_run_and_the_message_says_so(gpu, tmp_path, capsys):
+def test_without_cuda_nothing_is_run_and_the_message_says_so(gpu, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(devices, "_fault", lambda _: "there is none.")
     assert gpu.main(["--results", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "PyTorch finds no CUDA device" in error
+    assert "device='cuda' asked, but PyTorch cannot use such a device: there is none." in error
     assert "--device cpu --quick" in error
     assert not list(tmp_path.iterdir())
 
@@ -185,7 +187,7 @@ def test_a_failure_is_told_and_does_not_stop_the_others(gpu, run, monkeypatch):
     assert statuses(results, "benchmarks") == {"bad": "failed", "good": "done"}
     said = "\n".join(results["parts"]["benchmarks"]["bad"]["output"])
     assert "FileNotFoundError" in said
-    assert "/home" not in said
+    assert "/srv" not in said
     scripts(gpu, monkeypatch, bad=NUMBER, good="raise SystemExit('not asked')")
     status, results = run("--part", "benchmarks", "--only", "bad")
     assert (status, statuses(results, "benchmarks")) == (0, {"bad": "done", "good": "done"})
