@@ -292,6 +292,22 @@ class TestFaults:
         assert [e["status"] for e in entries.values()] == ["cached", "done"]
         assert not (out / "failed" / "bad").exists()
 
+    def test_a_study_goes_on_from_the_runs_that_a_failed_notebook_finished(self, tmp_path):
+        study = """
+from pathlib import Path
+runs = Path(output_dir, "runs")
+runs.mkdir(parents=True, exist_ok=True)
+print("found", *(path.name for path in runs.iterdir()), "and no more")
+for name in ("done.jsonl", ".half.jsonl"):
+    (runs / name).touch()
+"""
+        path, out, found = tmp_path / "n.ipynb", tmp_path / "out", []
+        for last, force, folder in (("1 / 0", False, "failed/n"), ("2 / 0", False, "failed/n"),
+                                    ("1", True, "n")):  # fmt: skip
+            run([write(path, study, last)], out, force=force)
+            found.append("found done.jsonl and no more" in (out / folder / path.name).read_text())
+        assert found == [False, True, False]  # forced, it begins anew
+
     def test_a_notebook_in_the_report_is_not_replaced_by_its_own_result(self, tmp_path):
         run([write(tmp_path / "n.ipynb", "1")], tmp_path / "out")
         executed = tmp_path / "out" / "n" / "n.ipynb"

@@ -95,7 +95,7 @@ def run(
 
     workers   notebooks at a time; their kernels share the cores out
     timeout   seconds that a notebook may take, whatever its cells do (None: no limit)
-    force     run those whose results are here and still hold, too
+    force     run those whose results are here and still hold, too, and every run of a study
     place     where, if not on this machine (then it says how many workers there are)
 
     Returns the manifest, which is also written to `output`/manifest.json. `progress` is called
@@ -130,7 +130,7 @@ def run(
         queued = [job for job in jobs if job.status == "queued"]
         if queued:
             place.prepare(len(queued))
-            _Run(output, progress, place, timeout).all(queued)
+            _Run(output, progress, place, timeout, force).all(queued)
         kept = manifest.kept(jobs, output)
         if kept:
             return kept
@@ -193,9 +193,11 @@ class _Run:
     """What is waiting and what is running."""
 
     def __init__(
-        self, output: Path, progress: Progress, place: Place, timeout: float | None
-    ) -> None:
+        self, output: Path, progress: Progress, place: Place, timeout: float | None,
+        force: bool = False,
+    ) -> None:  # fmt: skip
         self.output, self.progress, self.place, self.timeout = output, progress, place, timeout
+        self.force = force
         self.running: list[_Slot] = []
         self.gpus = [gpu["id"] for gpu in machine.gpus()] if isinstance(place, Here) else []
         self.free_gpus = list(self.gpus)
@@ -250,6 +252,7 @@ class _Run:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         try:
             part.mkdir()
+            self.take_up(job, part)
             handle = self.place.start(job, part, environment, self.timeout)
         except OSError as error:
             job.status, job.error = "failed", f"could not be started: {error}"
@@ -261,6 +264,15 @@ class _Run:
             slot.start, job.status = time.monotonic(), "running"
         self.running.append(slot)
         self.progress(job)
+
+    def take_up(self, job: Job, part: Path) -> None:
+        """Give a notebook the finished runs of its studies from when it failed or took too long.
+
+        Each is a file whose name says of what; what does not fit any more is not read.
+        """
+        runs = self.output / "failed" / job.name / "runs"
+        if runs.is_dir() and not self.force:
+            shutil.copytree(runs, part / "runs", ignore=shutil.ignore_patterns(".*"))
 
     def look_at(self, slot: _Slot) -> None:
         job, handle = slot.job, slot.handle
