@@ -121,7 +121,7 @@ def test_costs_of_a_model_that_cannot_be_made_on_meta(run):
         (["report", "-p", "seed"], "NAME=VALUE"),
         (["report", "-p", "sead=1"], "Did you mean seed"),
         (["report", "99"], "no such notebook"),
-        (["report", "--device", "gpu"], "choose auto, cpu or cuda"),
+        (["report", "--device", "gpu"], "choose auto, cpu, cuda"),
         (["costs", "vgg16", "--input", "1"], "try another --input"),
         (["costs", "vgg16", "--input", "0"], "greater than|x>=1"),
     ],
