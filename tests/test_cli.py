@@ -155,7 +155,8 @@ def test_info_says_what_is_here(run):
 
 
 def test_train_writes_weights_and_says_how_good_they_are(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4})
+    phases = [phase | {"size": 32} for phase in bundled.RECIPE["phases"][:1]]
+    monkeypatch.setattr(bundled, "RECIPE", bundled.RECIPE | {"batch_size": 4, "phases": phases})
     monkeypatch.setattr(bundled, "held_out_accuracy", lambda _: {"64": 0.125})
     path = tmp_path / "w.safetensors"
     result = run("train", "bundled", "--output", str(path), "--steps", "1", "--device", "cpu")
