@@ -166,6 +166,22 @@ def test_the_commands_of_a_local_cluster_run(gnetlab):
         shell.wait(timeout=30)
 
 
+def test_the_script_for_several_gpus_runs(tmp_path):
+    code = python("own_device()")
+    for long, short in {"size=64": "size=16", "num_classes=16": "num_classes=16, width=0.1",
+                        "steps=600, batch_size=64": "steps=1, batch_size=4"}.items():  # fmt: skip
+        assert long in code
+        code = code.replace(long, short)
+    (tmp_path / "script.py").write_text(code.replace("own_device()", "own_device('cpu')"))
+    (command,) = re.findall(r"`torchrun ([^`]+)`", README)
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run.pt").is_file()
+
+
 def test_the_notebook_for_colab_runs(tmp_path, monkeypatch):
     """In a clone, whose first notebook is a small one here; what pip would install is noted."""
     clone = tmp_path / "clone"

@@ -127,7 +127,7 @@ OTHERS = {
     "norm": "batch", "init": "xavier", "heads": "none", "head_weight": 0.31, "heads_until": 0.5,
     "optimizer": "adam", "learning_rate": 0.051, "weight_decay": 1e-4, "cosine": True,
     "clip": None, "batch_size": 33, "steps": 301, "test_every": 1, "train_batches": 1,
-    "gradients_every": 1, "mixed_precision": True, "seed": 1,
+    "gradients_every": 1, "mixed_precision": True, "deterministic": True, "seed": 1,
 }  # fmt: skip
 
 

@@ -11,26 +11,31 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-# The same notebooks with shorter measurements and trainings; all else is as a user runs it.
+# The same notebooks with smaller networks, images and measurements, for time.
 SHORTER = {
     "01_compute_cost": """
 from torch.utils.benchmark import Timer
 Timer.blocked_autorange = lambda self, **_: self.timeit(1)
 """,
     "02_branch_activations": """
+import gnetlab
 from gnetlab.measure import confound
-in_full = confound.branch_confound
-confound.branch_confound = lambda *given, **options: in_full(*given, **options | {"steps": 2})
+a_full_network, a_full_training = gnetlab.googlenet, confound.branch_confound
+gnetlab.googlenet = lambda **options: a_full_network(**options, width=0.25)
+confound.branch_confound = lambda *given, **o: a_full_training(*given, **o | {"steps": 2})
 """,
     "03_auxiliary_heads": """
 from gnetlab.measure import training
-in_full = training.train
-training.train = lambda *given, **options: in_full(*given, **options | {"steps": 3})
+from gnetlab.net import data as of_data
+full_size, a_full_training = of_data.load, training.train
+of_data.load = lambda name, **options: full_size(name, **options | {"size": 16})
+training.train = lambda *given, **options: a_full_training(*given, **options | {"steps": 3})
 training.local_executor = lambda device: None
 """,
     "04_sparse_vs_dense": """
-from torch.utils.benchmark import Timer
-Timer.blocked_autorange = lambda self, **_: self.timeit(1)
+from gnetlab.measure import sparsity
+all_rounds = sparsity.sparse_speed
+sparsity.sparse_speed = lambda *given, **options: all_rounds(*given, **options | {"rounds": 1})
 """,
 }
 

@@ -220,7 +220,8 @@ def evaluate(
     On all test images, or with `split="train"` on `batches` batches of up to 256 training images.
     `among` several processes, each of which calls this, the images are shared out.
     """
-    loss = correct = torch.zeros((), device=next(model.parameters()).device)
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    loss = correct = torch.zeros((), device=device)
     count = 0
     chosen = data.test_batches() if split == "test" else _training_batches(data, batches)
     with in_mode(model, training=False):
