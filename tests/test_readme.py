@@ -168,8 +168,8 @@ def test_the_commands_of_a_local_cluster_run(gnetlab):
 
 def test_the_script_for_several_gpus_runs(tmp_path):
     code = python("own_device()")
-    for long, short in {"size=64": "size=16", "num_classes=16": "num_classes=16, width=0.1",
-                        "steps=600, batch_size=64": "steps=1, batch_size=4"}.items():  # fmt: skip
+    for long, short in {"_size=64": "_size=4", ", size=64": ", size=16", "num_classes=16": "num_classes=16, width=0.1",
+                        "steps=600": "steps=1"}.items():  # fmt: skip
         assert long in code
         code = code.replace(long, short)
     (tmp_path / "script.py").write_text(code.replace("own_device()", "own_device('cpu')"))
@@ -207,6 +207,30 @@ def test_the_notebook_for_colab_runs(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(CellExecutionError, match="give its address as `repository`"):
         NotebookClient(lost, resources={"metadata": {"path": tmp_path / "elsewhere"}}).execute()
+
+
+def test_the_lines_for_slurm_run(gnetlab, tmp_path):
+    pytest.importorskip("dask_jobqueue")
+    stand_ins = {
+        "sbatch": 'setsid sh "$1" >/dev/null 2>&1 &\necho "Submitted batch job $!"',
+        "scancel": 'for job; do kill -- "-$job"; done',
+    }
+    for name, script in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = python("SLURMCluster").replace("jobs=4", "jobs=1").replace("workers(4)", "workers(1)")
+    lines = lines.replace("scheduler_address)", "scheduler_address, flush=True)")
+    opened = subprocess.Popen(
+        [sys.executable, "-c", f"{lines}\ninput()\ncluster.close()"], cwd=tmp_path, text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        address = opened.stdout.readline().strip()
+        gnetlab(f"gnetlab report 04 --scheduler {address} --output reports/slurm")
+    finally:
+        opened.communicate("\n", timeout=60)
+    assert opened.returncode == 0
 
 
 def test_the_commands_of_make_are_there():
