@@ -168,11 +168,13 @@ def test_the_commands_of_a_local_cluster_run(gnetlab):
 
 def test_the_script_for_several_gpus_runs(tmp_path):
     code = python("own_device()")
-    for long, short in {"_size=64": "_size=4", ", size=64": ", size=16", "num_classes=16": "num_classes=16, width=0.1",
-                        "steps=600": "steps=1"}.items():  # fmt: skip
+    for long, short in {
+        "_size=64": "_size=4", ", size=64": ", size=16", "steps=600": "steps=1",
+        "num_classes=16": "num_classes=16, width=0.1", "own_device()": "own_device('cpu')",
+    }.items():  # fmt: skip
         assert long in code
         code = code.replace(long, short)
-    (tmp_path / "script.py").write_text(code.replace("own_device()", "own_device('cpu')"))
+    (tmp_path / "script.py").write_text(code)
     (command,) = re.findall(r"`torchrun ([^`]+)`", README)
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *command.split()],
