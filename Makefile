@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# By a path, and so also for a script that lies beside the clone and sees a folder of that name.
+COMPAT := --config-settings editable_mode=compat
 
 .PHONY: report test lab clean
 
@@ -24,9 +26,9 @@ lab: .venv/installed ## JupyterLab on the notebooks
 	@echo "Installing into .venv (once; PyTorch alone is some gigabytes)"
 	@if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
-	  uv pip install --quiet --python $(BIN)/python --editable '.[test,counters,browser]'; \
+	  uv pip install --quiet --python $(BIN)/python $(COMPAT) --editable '.[test,counters,browser]'; \
 	else \
-	  $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet --editable '.[test,counters,browser]'; \
+	  $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet $(COMPAT) --editable '.[test,counters,browser]'; \
 	fi
 	@touch $@
 

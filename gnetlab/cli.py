@@ -11,6 +11,7 @@ import difflib
 import gc
 import shlex
 import signal
+import subprocess
 import sys
 from numbers import Integral
 from pathlib import Path
@@ -152,6 +153,8 @@ def report(
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
     if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
         raise _usage_error(f"--device {device} asked; choose {DEVICES}")
+    if device not in ("auto", "cpu") and not scheduler:
+        _check_device(device)
     output, jobs = (output or Path("reports") / profile).resolve(), []
     try:
         jobs = plan.plan(
@@ -193,6 +196,14 @@ def report(
     if any(job.status == "cancelled" for job in jobs):
         raise typer.Exit(INTERRUPTED)
     raise typer.Exit(int(any(job.status not in plan.GOOD for job in jobs)))
+
+
+def _check_device(device: str) -> None:
+    """Before anything runs, in a process of its own: here a GPU would stay in use."""
+    code = f"from gnetlab.measure.devices import resolve_device; resolve_device({device!r})"
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if tried.returncode:
+        raise _usage_error(tried.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
 
 
 def _print_errors(jobs: list) -> None:
@@ -267,7 +278,9 @@ def compare(
             relative = "" if change.relative is None else f"{change.relative:+.3%}"
             relative += " (timing)" if change.timing else ""
             table.add_row(change.kind, change.name, change.old, change.new, relative)
-        console.print(f"{title}: {len(changes) or 'nothing'}", style="bold")
+        times = sum(change.timing for change in changes) if ignore_timing else 0
+        beside = f", beside {times} of measured times" if times else ""
+        console.print(f"{title}: {len(changes) - times or 'nothing'}{beside}", style="bold")
         if changes:
             console.print(table)
     raise typer.Exit(int(found.differs(ignore_timing=ignore_timing)))
@@ -633,6 +646,7 @@ def info() -> None:
     cached = weights.imagenet_path()[1]
     there = "in the cache" if cached.exists() else "not in the cache"
     table.add_row("weights imagenet", f"{there} ({cached})")
+    table.add_row("weights bundled", "always there (16 photographs, not ImageNet)")
     table.add_row("data photocrops", f"{len(data.photographs())} photographs, always there")
     folders = [f for f in data.FASHION_MNIST_FOLDERS if Path(f).expanduser().is_dir()]
     table.add_row("data fashion-mnist", folders[0] if folders else "not on this machine")

@@ -119,9 +119,9 @@ def test_what_heads_do_to_the_gradient_is_said_in_few_words(tmp_path):
     judged = claims.check("aux-gradient", {"ratios": ratios, **escaped}, directory=tmp_path)
     assert judged.verdict == "depends"
     assert judged.reason == (
-        "in 2 of 4 configurations; gradient at conv1 with heads over without, at initialization: "
-        "(a) 12x; (b) 2x; in 2 other configurations 0.5x to 1.25x. Left the plateau in 240 steps: "
-        "3 of 3 seeds with heads, 0 of 3 without"
+        "in 2 of 4 configurations; 3 of 3 seeds left the plateau in 240 steps with heads, 0 of 3 "
+        "without; gradient at conv1 with heads over without, at initialization: (a) 12x; (b) 2x; "
+        "in 2 other configurations 0.5x to 1.25x"
     )
 
 
@@ -135,7 +135,7 @@ def test_ratios_that_are_not_finite_are_left_out_and_counted(tmp_path):
     judged = claims.check("aux-gradient", {"ratios": ratios}, directory=tmp_path)
     assert judged.verdict == "depends"
     assert judged.reason.startswith("in 1 of 2 configurations")
-    assert judged.reason.endswith("Not finite in 2 configurations, left out")
+    assert judged.reason.endswith("not finite in 2 configurations, left out")
     nothing = claims.check("aux-gradient", {"ratios": {"c": float("nan")}}, directory=tmp_path)
     assert nothing.verdict == "not supported"
 

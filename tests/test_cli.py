@@ -283,3 +283,12 @@ def test_a_grid_is_given_with_commas(run, monkeypatch, tmp_path):
         {"seed": ["0", "1"], "stages": ["[3a,4e]", "[5b]"], "image": ["a", "b"]},
         {"seed": "0,1", "stages": "[3a,4e],[5b]", "image": "a,b"},
     ]
+
+
+def test_a_device_that_does_not_work_is_said_before_anything_runs(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as on a machine without
+    monkeypatch.chdir(tmp_path)
+    result = run("report", "04", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "device='cuda' asked, but PyTorch cannot use such a device" in result.output
+    assert not list(tmp_path.iterdir())

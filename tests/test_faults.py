@@ -108,7 +108,7 @@ class TestIncremental:
              f"result changed or lost: {Path('claims') / 'x.json'}"),
             (lambda n: (n / cache.RECORD).write_text("{"),
              "run.json of the last result cannot be read"),
-            (lambda n: (n / cache.RECORD).unlink(), "no result yet"),
+            (lambda n: (n / cache.RECORD).unlink(), "first run"),
         ],
     )  # fmt: skip
     def test_why_a_notebook_runs(self, done, change, reason):

@@ -33,16 +33,15 @@ DATA_FOLDERS = ("~/.cache/gnetlab", "/usr/share/datasets/fashion-mnist")  # of n
 def restore(job: Job, output: Path, force: bool, threads: str) -> None:
     """Make `job` "cached", with its last result, or say in `reason` why it runs."""
     folder = output / job.name
-    job.key = _key(
-        job, threads
-    )  # of what is there before it runs: a later change is noticed next time
+    # Of what is there before it runs: a later change is noticed next time.
+    job.key = _key(job, threads)
     job.inputs = job.key["inputs"]
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         job.expected = record["seconds"]
         job.reason = "forced" if force else _difference(record, job.key, folder)
     except FileNotFoundError:
-        job.reason = "no result yet"
+        job.reason = "first run"
     except (ValueError, KeyError, TypeError):
         job.reason = f"{RECORD} of the last result cannot be read"
     if not job.reason:

@@ -104,9 +104,10 @@ def _correlated(m: Mapping[str, Any]) -> Judgement:
     beyond = [
         stage for stage, p in m["p"].items() if p <= 0.01 and m["z"][stage] > m["z_random"][stage]
     ]
+    which = f" ({', '.join(beyond)})" if 0 < len(beyond) < len(m["p"]) else ""
     facts = (
         f"channels of one branch correlate more than by chance, and more clearly than in a random "
-        f"network, in {len(beyond)} of {len(m['p'])} modules ({', '.join(beyond) or 'none'}); "
+        f"network, in {len(beyond)} of {len(m['p'])} modules{which}; "
         f"agreement of clusters with branches (adjusted Rand index) at most {m['rand_index']:.2f}"
     )
     if len(beyond) >= 7 * len(m["p"]) / 9:
@@ -134,12 +135,12 @@ def _aux_gradient(m: Mapping[str, Any]) -> Judgement:
     if others:
         facts += f"; in {len(others)} other configurations {min(others):.3g}x to {max(others):.3g}x"
     if "escaped_with_heads" in m:
-        facts += (
-            f". Left the plateau in {m['steps']} steps: {m['escaped_with_heads']} of {m['seeds']} "
-            f"seeds with heads, {m['escaped_without_heads']} of {m['seeds']} without"
+        facts = (
+            f"{m['escaped_with_heads']} of {m['seeds']} seeds left the plateau in {m['steps']} "
+            f"steps with heads, {m['escaped_without_heads']} of {m['seeds']} without; {facts}"
         )
     if len(ratios) < len(m["ratios"]):
-        facts += f". Not finite in {len(m['ratios']) - len(ratios)} configurations, left out"
+        facts += f"; not finite in {len(m['ratios']) - len(ratios)} configurations, left out"
     if helped and not others:
         return SUPPORTED, facts
     if helped:

@@ -216,9 +216,10 @@ def _compare_figures(
             for folder, entry, figure in zip(folders or (), (old, new), pair, strict=bool(folders))
         ]
         columns = _columns(about, *tables, tolerance, timing) if _both(tables) else []
-        if columns or not (tolerance and _both(tables)):
-            differing = [k for k in dict.fromkeys([*hashes[0], *hashes[1]])
-                         if hashes[0].get(k) != hashes[1].get(k)]  # fmt: skip
+        differing = [k for k in dict.fromkeys([*hashes[0], *hashes[1]])
+                     if hashes[0].get(k) != hashes[1].get(k)]  # fmt: skip
+        looks_alike = tolerance or not {"png", "svg", "pdf"} & {*differing}
+        if columns or not (looks_alike and _both(tables)):
             sides = [", ".join(k for k in differing if k in kinds) or "-" for kinds in hashes]
             found.moved.append(Change("figure", about, *sides, timing=timing))
             found.moved += columns
@@ -251,6 +252,8 @@ def _columns(about: str, old: Any, new: Any, tolerance: float, timing: bool) -> 
         return [Change("column", f"{about} (all)", *sizes, timing=timing)]
     changes = []
     for column in dict.fromkeys([*old.columns, *new.columns]):
+        if column == "run":  # which record it was read from, named by what it was made with
+            continue
         name = f"{about} {column}"
         if column not in old or column not in new:
             there = ("there" if column in table else "-" for table in (old, new))

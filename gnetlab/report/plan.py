@@ -196,7 +196,10 @@ def _inspected(path: Path, common: Mapping[str, Any]) -> _Inspected | str:
 
     try:
         notebook = nbformat.read(path, as_version=4)
-        language = notebook.metadata.get("kernelspec", {}).get("language", "python")
+        kernel = notebook.metadata.get("kernelspec", {})
+        if not kernel.get("name"):
+            return f"{path.name} names no kernel; open it in JupyterLab and save it once"
+        language = kernel.get("language", "python")
         if language != "python":
             return f"{path.name} is a notebook in {language}; only Python's can be run"
         tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
@@ -255,6 +258,6 @@ def _typed(name: str, text: str, default: Any) -> Any:
     if default is not None and type(value) is not type(default):
         raise ReportError(
             f"parameter {name} takes {type(default).__name__} (default {default!r}), "
-            f"but {text!r} was given"
+            f"but {text!r} was given{'; several values need --grid' if ',' in text else ''}"
         )
     return value
