@@ -351,7 +351,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gnetlab.measure.devices import device_name, resolve_device
 
     try:
-        options.device = resolve_device(options.device).type
+        options.device = str(resolve_device(options.device))
     except ValueError as error:
         print(f"error: {error}. --device cpu --quick tries the same steps", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_loop import Blobs, small
 from torch import nn
 from torch.backends import cudnn
 from torch.utils import deterministic as filling
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gnetlab as gl
-from gnetlab.measure import devices, gradients, latency, layers, receptive
+from gnetlab.measure import devices, gradients, latency, layers, loop, receptive
 from gnetlab.measure.devices import (
+    as_current,
     deterministic,
     device_name,
     float64,
@@ -236,6 +238,39 @@ class TestMPS:
         only = latency._settings(torch.float32, True, "training", "eager")
         with pytest.raises(ValueError, match="channels_last=True, step='training' asked on MPS"):
             latency._possible(only, self.DEVICE)
+
+
+def test_a_gpu_is_the_current_one_in_a_block(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(device))
+    with as_current(torch.device("cuda:1")) as found:
+        assert found == torch.device("cuda:1")
+    with as_current(torch.device("cpu")) as found:
+        assert found is None
+
+
+@pytest.mark.parametrize("module", [latency, layers, loop])
+def test_what_times_or_captures_does_so_on_the_device(monkeypatch, module):
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def note(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(module, "as_current", note)
+    model, data = small(), Blobs()
+    model.avgpool.register_forward_hook(lambda *_: seen.append(list(current)))
+    {
+        latency: lambda: gl.measure_latency(
+            model, input_size=(3, 16, 16), device="cpu", min_run_time=0.001, rounds=1
+        ),
+        layers: lambda: layers.layer_times(model, data.train_batch(0, 2)[0], rounds=1),
+        loop: lambda: gl.train(model, data, steps=1, batch_size=4, progress=False),
+    }[module]()
+    assert seen
+    assert all(found == [torch.device("cpu")] for found in seen)
+    assert current == []
 
 
 class WithoutDoubles(TorchDispatchMode):

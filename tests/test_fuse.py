@@ -188,6 +188,12 @@ def test_a_half_precision_model_is_folded_in_double():
     assert torch.equal(fuse(model).conv1.conv.weight, expected.bfloat16())
 
 
+def test_a_model_without_memory_is_fused():
+    with torch.device("meta"):
+        model = gl.googlenet("torchvision", width=0.1)
+    assert all(p.is_meta for p in fuse(model).parameters())
+
+
 def test_gradients_reach_the_input():
     model = ours("paper").eval()
     x = images(model).requires_grad_()

@@ -96,6 +96,15 @@ def test_without_cuda_nothing_is_run_and_the_message_says_so(gpu, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_by_its_number_is_that_one(gpu, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "_fault", lambda _: None)
+    monkeypatch.setattr(gpu, "steps", lambda _, options: asked.append(options.device) or [])
+    arguments = ["--device", "cuda:1", "--part", "costs", "--only", "none"]
+    assert gpu.main([*arguments, "--results", str(tmp_path)]) == 2
+    assert asked == ["cuda:1"]
+
+
 def test_parts_one_by_one_then_published(run, capsys):
     status, results = run("--part", "costs")
     assert status == 0

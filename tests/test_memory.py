@@ -224,7 +224,10 @@ class TestHalving:
     @pytest.mark.filterwarnings("ignore:out of memory")
     def test_what_did_not_fit_is_gone_before_the_second_try(self, monkeypatch):
         emptied, kept = [], []
-        monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: emptied.append(True))
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        for device in ("cuda", "mps"):
+            module = getattr(torch, device)
+            monkeypatch.setattr(module, "empty_cache", lambda d=device: emptied.append(d))
 
         def measure(size):
             if size == 8:
@@ -234,7 +237,21 @@ class TestHalving:
                 raise torch.OutOfMemoryError(FULL)
             return kept[0](), list(emptied)
 
-        assert halving(measure, 8) == (None, [True])
+        assert halving(measure, 8) == (None, ["cuda", "mps"])
+
+    @pytest.mark.filterwarnings("ignore:out of memory")
+    def test_a_build_of_torch_without_accelerators(self, monkeypatch):
+        def absent():  # what such a build says, word for word
+            raise RuntimeError("Cannot access accelerator device when none is available.")
+
+        monkeypatch.setattr(torch._C, "_accelerator_isAllocatorInitialized", absent)
+
+        def measure(size):
+            if size == 8:
+                raise RuntimeError(CPU_FULL)
+            return size
+
+        assert halving(measure, 8) == 4
 
     @pytest.mark.filterwarnings("ignore:out of memory")
     @pytest.mark.parametrize("count", [0, 1, 2, 5, 8])

@@ -600,6 +600,23 @@ def test_autocast_makes_other_floats_fit():
         assert model(images(32).bfloat16()).dtype == torch.bfloat16
 
 
+def test_on_tensors_without_values_other_types_are_refused_too():
+    with torch.device("meta"):
+        model = googlenet("cifar", width=0.1).eval()
+    with pytest.raises(ValueError, match=r"images of torch.float64 .* takes torch.float32"):
+        model(images(32).to("meta", torch.float64))
+
+
+def test_a_replica_of_data_parallel_runs_without_parameters():
+    model = googlenet("cifar", width=0.1, seed=0).eval()
+    expected = model(images(32))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach())
+    assert torch.equal(model(images(32)), expected)
+
+
 def test_gaussian_initialization_asks_for_a_network_of_ours():
     with pytest.raises(ValueError, match=r"'gaussian' asked for a Linear, .* 'kaiming'"):
         initialize(nn.Linear(2, 2), "gaussian")

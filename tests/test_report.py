@@ -306,7 +306,8 @@ def test_gpus_and_their_driver_stand_in_the_manifest(monkeypatch):
         return subprocess.CompletedProcess([], 0, stdout=listed)
 
     monkeypatch.setattr(machine.subprocess, "run", nvidia_smi)
-    cases = {None: ["H200", "H100"], "1": ["H100"], "GPU-aa": ["H200"], "": []}
+    cases = {None: ["H200", "H100"], "1": ["H100"], "1,0": ["H100", "H200"],
+             "GPU-aa": ["H200"], "": []}  # fmt: skip
     for visible, names in cases.items():
         machine.gpus.cache_clear()
         if visible is None:

@@ -13,15 +13,17 @@ from gnetlab.measure.distributed import ALONE, Processes
 from gnetlab.measure.gradients import GradientRecorder, weighted_losses
 from gnetlab.measure.steps import Step
 
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-def limited(model, largest, seen=None):
+
+def limited(model, largest, seen=None, error=FULL):
     """The model, on a device whose memory holds `largest` images in training."""
     inner = model.forward
 
     def forward(images):
         if model.training:
             if len(images) > largest:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise error
             if seen is not None:
                 seen.append(len(images))
         return inner(images)
@@ -88,6 +90,22 @@ def test_a_backward_pass_that_does_not_fit_is_taken_again():
     expected, _ = run(plain(), steps=1)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["CUDNN_STATUS_ALLOC_FAILED", "MPS backend out of memory"])
+def test_all_ways_to_say_that_memory_is_full_are_known(text):
+    seen = []
+    with pytest.warns(UserWarning, match=f"{text}.*two halves"):
+        run(limited(plain(), 4, seen, RuntimeError(text)), steps=1)
+    assert seen == [4, 4]
+
+
+def test_another_error_is_not_taken_for_one(recwarn):
+    other = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError) as raised:
+        run(limited(plain(), 4, error=other), steps=1)
+    assert raised.value is other
+    assert not recwarn.list
 
 
 def test_half_a_batch_that_does_not_fit_is_an_error_that_says_what_to_try(tmp_path):

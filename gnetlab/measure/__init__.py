@@ -10,5 +10,7 @@ attribution, visualize      where a branch looks, and what a channel looks for
 specialization, confound    what channels select for, and whether the kernel is why
 gradients       gradient by layer and loss
 loop, training, bundled     one training; a grid of them; the recipe of the bundled weights
+steps, distributed          what a training does in one step, and with several processes
+devices, memory             CPU, CUDA and MPS; batches that fit into their memory
 sparsity        an Inception module as one sparse convolution
 """

@@ -3,6 +3,7 @@
 `resolve_device()`  "auto" -> CUDA where it works, else MPS, else the CPU
 `device_name()`     the device in words, for footers
 `wait()`            until the device has done what it was given
+`as_current()`      streams, events and clocks are this device's, inside a with-block
 `float64()`         a tensor in double precision, where the device has none on the CPU
 `fork_random()`     random state of CPU and device as before, after a with-block
 `deterministic()`   equal seeds give equal bits, on a GPU too
@@ -118,6 +119,11 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def as_current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within it PyTorch's streams, events and timers are this GPU's, be it not the first."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def float64(tensor: Tensor) -> Tensor:

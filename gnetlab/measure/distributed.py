@@ -106,9 +106,9 @@ def processes(device: torch.device) -> Processes:
 
     By nccl on CUDA and by gloo elsewhere. Raises ValueError if `device` is another process's GPU.
     """
+    if started() == 1 and not (dist.is_available() and dist.is_initialized()):
+        return ALONE
     if not dist.is_initialized():
-        if started() == 1:
-            return ALONE
         if device.type == "cuda":
             if device != own_device("cuda"):
                 raise ValueError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gnetlab.measure.devices import fork_random, resolve_device, tell
+from gnetlab.measure.devices import as_current, fork_random, resolve_device, tell
 from gnetlab.measure.hooks import in_mode
 from gnetlab.measure.memory import fitting_batch_size, halving
 
@@ -96,6 +96,7 @@ def measure_latency(
     settings = _possible(settings, device)
     ready, keys = {}, list(itertools.product(settings, models))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(as_current(device))  # which Timer waits for
         stack.enter_context(fork_random(device))
         if any(setting.mode != "eager" for setting in settings):
             # Past the limit, which is per line of source and not per model, torch runs eagerly.

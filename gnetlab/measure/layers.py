@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gnetlab.measure.costs import layer_costs
-from gnetlab.measure.devices import wait
+from gnetlab.measure.devices import as_current, wait
 from gnetlab.measure.hooks import in_mode
 from gnetlab.measure.memory import in_one_piece
 from gnetlab.measure.rules import DROPOUTS, MORE_VIEWS, VIEWS
@@ -93,7 +93,7 @@ def layer_times(
     costs = layer_costs(model, tuple(images.shape[1:]))
     runs = []
     whole = in_one_piece(len(images), "half a batch takes another time")
-    with torch.inference_mode(), in_mode(model, training=False), whole:
+    with torch.inference_mode(), in_mode(model, training=False), as_current(images.device), whole:
         for _ in range(rounds + 2):
             watch = _Stopwatch(model, images.device)
             with intercept(watch.paths, watch.call), watch:

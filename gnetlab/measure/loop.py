@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from gnetlab.measure.devices import as_current, fork_random
 from gnetlab.measure.devices import deterministic as deterministic_algorithms
-from gnetlab.measure.devices import fork_random
 from gnetlab.measure.distributed import ALONE, Processes, processes
 from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.hooks import in_mode
@@ -140,7 +140,7 @@ def train(
     path = Path(checkpoint) if checkpoint else None
     records: list[dict[str, Any]] = []
     start = 0
-    with fork_random(device), deterministic_algorithms(deterministic):
+    with as_current(device), fork_random(device), deterministic_algorithms(deterministic):
         torch.manual_seed(seed)  # dropout
         if path and path.exists():
             start, records = _resume(path, model, updates, gradients, device)

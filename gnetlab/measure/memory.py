@@ -5,6 +5,7 @@
 `halving()`             a function of a batch size, once more with half of it if memory runs out
 `in_parts()`            the same for images at hand, where two halves give what the whole gives
 `in_one_piece()`        a clear error, where they do not
+`out_of_memory()`, `release_memory()`  what those consist of, for loops of their own
 
 The prediction is of tensors alone (`layer_costs`): 0.85 to 1.15 times what PyTorch's own MemTracker
 counts, for seven networks in both modes. Workspaces of cuDNN, fragmentation and what else runs on
@@ -114,6 +115,15 @@ def out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return known or bool(_FULL.search(str(error)))
 
 
+def release_memory() -> None:
+    """Give back what is not used any more, PyTorch's caches on the device included."""
+    gc.collect()
+    # torch.accelerator's raises in builds for the CPU, and on MPS (pytorch issue 186430).
+    torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
 def halving(measure: Callable[[int], T], batch_size: int, *, result: str = "") -> T:
     """`measure(batch_size)`; if memory runs out, `measure(batch_size // 2)`, told of once.
 
@@ -129,9 +139,7 @@ def halving(measure: Callable[[int], T], batch_size: int, *, result: str = "") -
         if batch_size <= 1:
             raise _too_much(str(batch_size), error) from error
         said = _said(error)
-    # Only here is the error gone, which held on to all that was allocated.
-    gc.collect()
-    torch.accelerator.empty_cache()
+    release_memory()  # only here is the error gone, which held on to all that was allocated
     half = batch_size // 2
     tell(f"out of memory at batch size {batch_size} ({said}): going on with {half}{result}")
     try:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from gnetlab.measure.distributed import Processes
 from gnetlab.measure.gradients import GradientRecorder, weighted_losses
+from gnetlab.measure.memory import out_of_memory, release_memory
 
 NORMS = "norms"  # of the gradients, which pass through a step beside its metrics
 _WARM_UP = 3  # steps before one is captured, as torch's notes on CUDA graphs ask
@@ -59,11 +60,11 @@ class Step:
                 share = len(of) / len(labels)
                 found.append((share, self._part(part, of, weight, split, share)))
             return _mean(found)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             self._halve(len(images), error)
-        # Here, as the error holds on to what the attempt had in memory.
-        if images.is_cuda:
-            torch.cuda.empty_cache()
+        release_memory()  # only here is the error gone, which held on to all that was allocated
         return self._backward(images, labels, weight, split)
 
     def _part(
@@ -176,7 +177,8 @@ class Captured:
 
     def _recorded(self, weight: float, split: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # A stream of its own: torch's default one stays on the GPU of the process's first graph.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             self._metrics = self._update(self._images, self._labels, weight, split)
         return graph
 

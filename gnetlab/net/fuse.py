@@ -198,11 +198,13 @@ def _unknown(name: str, found: nn.Module) -> ValueError:
 @torch.no_grad()
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight and bias with batch norm in them; in double, for half-precision networks too."""
-    weight = conv.weight.cpu().double()  # MPS has no double
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.cpu().double()
+    # MPS has no float64.
+    place = {"dtype": torch.float64, "device": "cpu" if conv.weight.is_mps else None}
+    weight = conv.weight.to(**place)
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.to(**place)
     if norm is not None:
         parts = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        mean, variance, scale, shift = (None if t is None else t.cpu().double() for t in parts)
+        mean, variance, scale, shift = (None if t is None else t.to(**place) for t in parts)
         weight, bias = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
     return weight.to(conv.weight), bias.to(conv.weight)
 

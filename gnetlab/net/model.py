@@ -280,7 +280,9 @@ class GoogLeNet(nn.Module):
             )
         if not isinstance(x, Tensor):  # what stands in for one where costs are counted
             return
-        weight = next(self.parameters())
+        weight = next(self.parameters(), None)
+        if weight is None:  # a replica of nn.DataParallel, which has tensors in their place
+            return
         if x.dtype != weight.dtype and not _casts(x):
             raise ValueError(
                 f"images of {x.dtype} were given; this network takes {weight.dtype}: "
@@ -295,7 +297,9 @@ class GoogLeNet(nn.Module):
 
 def _casts(x: Tensor) -> bool:
     """Whether autocast makes images of this type fit."""
-    return x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    known = x.is_floating_point() and torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def googlenet(

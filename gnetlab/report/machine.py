@@ -32,7 +32,10 @@ def available_cores() -> int:
 
 @functools.cache
 def gpus() -> list[dict[str, str]]:
-    """NVIDIA GPUs that may be used: `name`, `driver`, and `id` for CUDA_VISIBLE_DEVICES."""
+    """NVIDIA GPUs that may be used: `name`, `driver`, and `id` for CUDA_VISIBLE_DEVICES.
+
+    In CUDA_VISIBLE_DEVICES' order, as CUDA counts them.
+    """
     query = ["nvidia-smi", "--query-gpu=name,driver_version,uuid", "--format=csv,noheader"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=20)
@@ -46,7 +49,8 @@ def gpus() -> list[dict[str, str]]:
     if visible is None:
         return found
     wanted = [name.strip() for name in visible.split(",")]
-    return [gpu for i, gpu in enumerate(found) if str(i) in wanted or gpu["id"] in wanted]
+    known = {name: gpu for i, gpu in enumerate(found) for name in (str(i), gpu["id"])}
+    return [known[name] for name in wanted if name in known]
 
 
 def describe() -> dict[str, Any]:
