@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
@@ -215,7 +216,9 @@ def test_the_notebook_for_colab_runs(tmp_path, monkeypatch):
 def test_the_lines_for_slurm_run(gnetlab, tmp_path):
     pytest.importorskip("dask_jobqueue")
     stand_ins = {
-        "sbatch": 'setsid sh "$1" >/dev/null 2>&1 &\necho "Submitted batch job $!"',
+        # As Slurm does, it takes a copy: the script is gone when the job begins.
+        "sbatch": 'cp "$1" job.sh; setsid sh job.sh >/dev/null 2>&1 &\n'
+        'echo "Submitted batch job $!"',
         "scancel": 'for job; do kill -- "-$job"; done',
     }
     for name, script in stand_ins.items():
@@ -229,7 +232,10 @@ def test_the_lines_for_slurm_run(gnetlab, tmp_path):
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
+        late = threading.Timer(90, opened.kill)  # it waits for its worker for ever
+        late.start()
         address = opened.stdout.readline().strip()
+        late.cancel()
         gnetlab(f"gnetlab report 04 --scheduler {address} --output reports/slurm")
     finally:
         opened.communicate("\n", timeout=60)
@@ -255,7 +261,7 @@ def test_python_runs(place, monkeypatch):
     ):
         monkeypatch.setattr(function, "__kwdefaults__", function.__kwdefaults__ | shorter)
     monkeypatch.chdir(place)
-    code = python("import gnetlab as gl\n\nmodel")
+    code = python('gl.googlenet("paper")')
     for long, short in {'["cat", "coffee"]': '["cat"]', "steps=300": "steps=2, width=0.1, size=16",
                         "range(5)": "range(1)"}.items():  # fmt: skip
         assert long in code
