@@ -246,7 +246,7 @@ def now() -> str:
 def without_paths(line: str) -> str:
     """Results are published; where things lie on a machine is not.
 
-    >>> without_paths("/opt/torch/lib/a.py:3: at 12 images/s, 1 / 2")
+    >>> without_paths("/usr/lib/torch/a.py:3: at 12 images/s, 1 / 2")
     '.../a.py:3: at 12 images/s, 1 / 2'
     """
     return re.sub(r"(?<![\w.:/])/(?:[\w.+@~-]+/)+", ".../", line)

@@ -151,7 +151,7 @@ def report(
             signal.signal(number, signal.default_int_handler)
     if profile not in ("fast", "full"):
         raise _usage_error(f"--profile {profile} asked; choose fast or full")
-    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
         raise _usage_error(f"--device {device} asked; choose {DEVICES}")
     if device not in ("auto", "cpu") and not scheduler:
         _check_device(device)
@@ -203,7 +203,8 @@ def _check_device(device: str) -> None:
     code = f"from gnetlab.measure.devices import resolve_device; resolve_device({device!r})"
     tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if tried.returncode:
-        raise _usage_error(tried.stderr.strip().splitlines()[-1].removeprefix("ValueError: "))
+        said = tried.stderr.strip().splitlines() or [f"--device {device} ends Python; use cpu"]
+        raise _usage_error(said[-1].removeprefix("ValueError: "))
 
 
 def _print_errors(jobs: list) -> None:

@@ -285,7 +285,7 @@ def benchmark_file(gpu, name):
 
 
 def test_paths_are_not_published(gpu):
-    line = "/opt/torch/lib/a.py:3: 12 images/s, 1 / 2, https://pytorch.org/docs/x"
+    line = "/usr/lib/torch/a.py:3: 12 images/s, 1 / 2, https://pytorch.org/docs/x"
     assert gpu.without_paths(line) == ".../a.py:3: 12 images/s, 1 / 2, https://pytorch.org/docs/x"
 
 

@@ -74,6 +74,16 @@ def test_results_are_the_published_ones():
         assert table in README, f"README.md should have:\n{table}"
 
 
+def test_what_readme_says_against_two_criteria_is_so():
+    judged = json.loads((ROOT / "figures" / "manifest.json").read_text())["claims"]
+    claims = {claim["id"]: claim for claim in judged}
+    assert "Two criteria favour the paper" in README
+    assert claims["sparse-slow"]["verdict"] == "depends"
+    assert max(claims["sparse-slow"]["measured"]["ratios_99"].values()) < 1
+    assert claims["correlated"]["verdict"] == "supported"
+    assert claims["correlated"]["measured"]["rand_index"] < 0.1
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with all that the commands name; its notebooks have the real ones' parameters."""

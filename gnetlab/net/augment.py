@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gnetlab.net.data import DEVIATION, MEAN, PhotoCrops, _check_batch
+from gnetlab.net.data import DEVIATION, MEAN, PhotoCrops, check_batch
 
 
 class AugmentedCrops(PhotoCrops):
@@ -47,7 +47,7 @@ class AugmentedCrops(PhotoCrops):
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
-        _check_batch(batch_size)
+        check_batch(batch_size)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         labels = torch.randint(len(self._places), (batch_size,), generator=generator)
         quarter = torch.randint(4 if self.quarters else 1, (batch_size,), generator=generator)

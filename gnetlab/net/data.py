@@ -224,7 +224,7 @@ class PhotoCrops:
 
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x 3 x size x size) and labels (batch_size) on the device."""
-        _check_batch(batch_size)
+        check_batch(batch_size)
         return self._cut(*self._draw("train", batch_size, seed * 1_000_003 + step))
 
     def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
@@ -345,7 +345,7 @@ class _Indexed(ABC):
     def train_batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Images (batch_size x C x size x size) and labels (batch_size) on the device."""
         count = self._count("train")
-        _check_batch(batch_size, count)
+        check_batch(batch_size, count)
         per_epoch = count // batch_size
         epoch, position = divmod(step, per_epoch)
         order = _shuffled(count, seed * 1_000_003 + epoch)
@@ -357,7 +357,7 @@ class _Indexed(ABC):
             yield self._fetch("test", indices)
 
 
-def _check_batch(batch_size: int, count: int | None = None) -> None:
+def check_batch(batch_size: int, count: int | None = None) -> None:
     """Raise ValueError for a batch without images, or with more than there are."""
     if batch_size < 1 or (count is not None and batch_size > count):
         there = "" if count is None else f", but there are {count} images to train on"
