@@ -135,10 +135,12 @@ def test_tables_of_figures(a, published, tmp_path):
 def test_names_of_records_are_no_result(tmp_path):
     """A study's column `run` changes with its code, and no picture shows it."""
     before, after = (write(tmp_path / run, f"x,run\n1.0,{run}\n") for run in ("0e1f", "2a3b"))
+    folders = tmp_path / "0e1f", tmp_path / "2a3b"
+    assert len(compare(before, after, folders).moved) == 2  # drawn otherwise
     for figure, same in zip(after["notebooks"][0]["figures"], before["notebooks"][0]["figures"],
                             strict=True):  # fmt: skip
         figure["files"]["png"]["sha256"] = same["files"]["png"]["sha256"]
-    assert compare(before, after, (tmp_path / "0e1f", tmp_path / "2a3b")).moved == []
+    assert compare(before, after, folders).moved == []
     assert len(compare(before, after).moved) == 2  # without the tables nobody can tell
 
 
@@ -196,6 +198,7 @@ def test_exit_statuses(a, run, tmp_path):
     result = run(a_folder, b_folder, "--tolerance", "0.0001", "--ignore-timing")
     assert result.exit_code == 0
     assert "time_ratio" in result.output  # told, though not counted
+    assert "Moved: nothing, beside 1 of measured times" in result.output
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_files_are_found_from_where_the_command_was_given(tmp_path, monkeypatch)
         ({"output_dir": "x"}, "unknown parameter output_dir"),
         ({"seed": "one"}, "parameter seed takes int .default 0., but 'one' was given"),
         ({"seed": "1.5"}, "parameter seed takes int"),
+        ({"seed": "0,1"}, "'0,1' was given; several values need --grid"),
         ({"rate": "true"}, "parameter rate takes float"),
     ],
 )
@@ -104,6 +105,12 @@ def two_parameter_cells(path):
     nbformat.write(notebook, path)
 
 
+def without_a_kernel(path):
+    notebook = nbformat.read(write(path, "x = 1"), 4)
+    del notebook.metadata["kernelspec"]
+    nbformat.write(notebook, path)
+
+
 def in_another_language(path):
     notebook = nbformat.read(write(path, "x <- 1"), 4)
     notebook.metadata["kernelspec"] = {"name": "ir", "display_name": "R", "language": "R"}
@@ -119,6 +126,7 @@ def in_another_language(path):
         (two_parameter_cells, "has 2 cells tagged 'parameters'"),
         (lambda path: write(path, "", parameters="seed = 0"),
          "its parameters cell lacks profile, device, output_dir"),
+        (without_a_kernel, "names no kernel; open it in JupyterLab and save it once"),
         (in_another_language, "is a notebook in R; only Python's can be run"),
     ],
 )  # fmt: skip
