@@ -538,3 +538,10 @@ def test_weights_of_another_number_of_classes_say_how_to_fine_tune():
 
 def test_auto_takes_what_fits_a_width_of_1():
     assert "bundled" in googlenet(weights="auto", width=1.0).weights_note
+
+
+def test_random_weights_are_seeded_and_calibrated():
+    model, again = (googlenet(weights="random", width=0.125, seed=3) for _ in range(2))
+    assert model.weights_note == "random weights (seed 3), batch norm calibrated on photographs"
+    assert weights.fingerprint(model) == weights.fingerprint(again)
+    assert model.inception5b.branch1x1.bn.running_mean.abs().sum() > 0
