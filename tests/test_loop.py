@@ -212,8 +212,10 @@ def test_heads_count_until_a_share_of_the_steps(until, counted, optimizer):
             steps.step()
     trunk = {key: v for key, v in model.state_dict().items() if not key.startswith("aux")}
     assert "fc.weight" in trunk
+    # Adam divides by the gradient's own size: where that is near zero, rounding decides the step.
+    atol = 1e-5 if optimizer == "sgd" else 1e-4
     for key, value in trunk.items():
-        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=atol)
     train = metrics[metrics.split == "train"].pivot(index="step", columns="source", values="loss")
     heads = train.total - train.main
     expected = 0.3 * (train.aux1 + train.aux2) * (train.index <= counted)
