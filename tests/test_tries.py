@@ -33,8 +33,10 @@ training.train = lambda *given, **options: a_full_training(*given, **options | {
 training.local_executor = lambda device: None
 """,
     "04_sparse_vs_dense": """
+import gnetlab
 from gnetlab.measure import sparsity
-all_rounds = sparsity.sparse_speed
+a_full_network, all_rounds = gnetlab.googlenet, sparsity.sparse_speed
+gnetlab.googlenet = lambda *given, **options: a_full_network(*given, **options, width=0.25)
 sparsity.sparse_speed = lambda *given, **options: all_rounds(*given, **options | {"rounds": 1})
 """,
 }
