@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import gnetlab as gl
 from gnetlab.measure import devices, latency, layers, memory
 from gnetlab.measure.activations import branch_summary
+from gnetlab.measure.loop import evaluate
 from gnetlab.measure.memory import (
     MARGIN,
     fitting_batch_size,
@@ -295,6 +296,12 @@ class TestLatency:
         assert frame.batch_size.tolist() == timed == rows
 
     @pytest.mark.filterwarnings("ignore:out of memory")
+    def test_what_is_larger_than_what_did_not_fit_is_left_out(self):
+        with pytest.warns(UserWarning, match="batch size 64 asked; 8 did not fit already: it is"):
+            frame = gl.measure_latency(Tight(4), batch_sizes=(1, 8, 64, 2), **QUICK)
+        assert frame.batch_size.tolist() == [1, 4, 2]
+
+    @pytest.mark.filterwarnings("ignore:out of memory")
     def test_a_half_that_is_too_much_is_an_error(self):
         with pytest.raises(RuntimeError, match="batch size 64, then 32 asked, and out of memory"):
             gl.measure_latency(Tight(4), batch_sizes=(64,), **QUICK)
@@ -337,6 +344,21 @@ def test_statistics_of_a_batch_in_halves(measure, batches):
     expected = measure(small_network(), halves)
     pd.testing.assert_frame_equal(measure(tight, given), expected, check_exact=True)
     assert tight.inception4a.branch3x3.reduce[1].seen[:4] == [5, 2, 2, 1]
+
+
+@MESSAGE
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_an_evaluation_of_a_batch_in_halves(split):
+    images, labels = pictures(256), torch.arange(256) % 5
+    data = SimpleNamespace(
+        test_batches=lambda: [(images[:5], labels[:5]), (images[5:8], labels[5:8])],
+        train_batch=lambda _step, count, _seed: (images[:count], labels[:count]),
+    )
+    tight = small_network(most={"test": 3, "train": 128}[split])
+    found, expected = (evaluate(m, data, split=split, batches=1) for m in (tight, small_network()))
+    sizes = {"test": [5, 2, 2, 1, 3], "train": [256, 128, 128]}[split]
+    assert tight.inception4a.branch3x3.reduce[1].seen == sizes
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @MESSAGE

@@ -68,6 +68,7 @@ def test_a_training_goes_on_in_halves_after_one_warning(optimizer):
     assert "batch of 8 images" in str(caught[0].message)
     assert caught[0].filename.endswith("test_loop.py")  # who called train
     assert seen == [4, 4] * 3
+    assert [metrics.attrs["parts"] for _, metrics in (expected, found)] == [1, 2]
     pd.testing.assert_frame_equal(found[1], expected[1], rtol=1e-4, atol=1e-6)
     for name, value in expected[0].items():
         torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-5)
@@ -90,6 +91,54 @@ def test_a_backward_pass_that_does_not_fit_is_taken_again():
     expected, _ = run(plain(), steps=1)
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_training_that_goes_on_takes_halves_from_its_first_step(tmp_path):
+    path, seen, whole = tmp_path / "run.pt", [], tmp_path / "whole.pt"
+    for checkpoint, steps in ((whole, 4), (path, 2)):
+        with pytest.warns(UserWarning, match="two halves"):
+            expected = run(limited(plain(), 4), steps=steps, checkpoint=checkpoint)
+    expected = run(plain(), steps=4, checkpoint=whole)
+    found = run(limited(plain(), 8, seen), steps=4, checkpoint=path)
+    assert seen == [4, 4] * 2
+    assert found[1].attrs["parts"] == 2
+    for name, value in expected[0].items():
+        assert torch.equal(found[0][name], value)
+
+
+def test_a_loss_that_is_not_finite_says_in_which_parts_too():
+    model = limited(plain(), 4)
+    with (
+        pytest.warns(UserWarning, match="two halves"),
+        pytest.raises(RuntimeError, match="loss became") as raised,
+    ):
+        run(model, steps=30, learning_rate=1e30)
+    assert raised.value.metrics.attrs["parts"] == 2
+
+
+def test_an_optimizer_whose_state_does_not_fit_says_what_to_try(monkeypatch):
+    def step(_):
+        raise FULL
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with (
+        warnings.catch_warnings(action="error"),
+        pytest.raises(RuntimeError, match=r"what Adam keeps .* Try optimizer='sgd'") as raised,
+    ):
+        run(plain(), optimizer="adam")
+    assert raised.value.__cause__ is FULL
+
+
+def test_an_optimizer_s_other_error_is_its_own(monkeypatch):
+    other = RuntimeError("shapes differ")
+
+    def step(_):
+        raise other
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(RuntimeError) as raised:
+        run(plain())
+    assert raised.value is other
 
 
 @pytest.mark.parametrize("text", ["CUDNN_STATUS_ALLOC_FAILED", "MPS backend out of memory"])

@@ -52,12 +52,13 @@ def few_test_images(monkeypatch):
     monkeypatch.setattr(training, "_data", load)
 
 
-def record(experiment, stopped=None, **columns):
+def record(experiment, stopped=None, parts=1, **columns):
     """A record that needs no training: the loss is the seed."""
     columns = {"step": [1], "split": ["train"], "source": ["main"], "loss": [experiment.seed * 1.0],
                "accuracy": [None]} | columns  # fmt: skip
+    facts = {"stopped": stopped, "parts": parts, "seconds": 1.0}
     lines = [
-        {"experiment": dataclasses.asdict(experiment), "stopped": stopped, "seconds": 1.0},
+        {"experiment": dataclasses.asdict(experiment), **facts},
         {"frame": "metrics", "columns": columns},
         {"frame": "gradients", "columns": {"step": [], "module": []}},
     ]
@@ -205,6 +206,7 @@ def test_equal_experiments_give_equal_records():
     facts, (metrics, gradients) = one
     assert facts["experiment"] == dataclasses.asdict(Experiment(**options, seed=5))
     assert facts["stopped"] is None
+    assert facts["parts"] == 1
     assert (metrics["frame"], gradients["frame"]) == ("metrics", "gradients")
     _, other_seed = body(training.run(Experiment(**options, seed=6)))
     assert other_seed[0]["columns"]["loss"] != metrics["columns"]["loss"]
@@ -332,6 +334,29 @@ def test_a_study_runs_only_what_is_missing(tmp_path, ran, monkeypatch):
     monkeypatch.setattr(training, "_code", lambda: "another code")
     study({"seed": [1]}, **options)
     assert ran == [1, 0, 3, 2, 1]
+
+
+def test_a_run_in_half_batches_is_told_of_whenever_it_is_read(tmp_path, monkeypatch, recwarn):
+    options = {"folder": tmp_path, "device": "cpu", "progress": False}
+    monkeypatch.setattr(training, "run", lambda e, _: record(e, parts=1 + e.seed))
+    study({"seed": [0]}, **options)
+    assert not recwarn.list
+    for _ in "when it runs", "when it is read":
+        training.tell.cache_clear()
+        with pytest.warns(UserWarning, match=r"^\w+\.jsonl was run in half batches") as said:
+            study({"seed": [0, 1]}, **options)
+        assert len(said) == 1
+
+
+def test_a_run_in_half_batches_says_so_in_its_record(monkeypatch):
+    def halved(*given, **options):
+        metrics = train(*given, **options)
+        metrics.attrs["parts"] = 2
+        return metrics
+
+    monkeypatch.setattr(training, "train", halved)
+    experiment = Experiment(steps=1, batch_size=8, width=0.125, size=16)
+    assert json.loads(training.run(experiment).splitlines()[0])["parts"] == 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError("no `metrics`")])

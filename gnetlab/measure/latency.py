@@ -66,7 +66,8 @@ def measure_latency(
     `images_per_second`, `peak_memory` (bytes beyond weights and images; CUDA only, else NA).
 
     A batch size that does not fit into memory, for one of the models, is halved for all, as
-    `gnetlab.measure.memory` says, and told of; `batch_size` is what was measured, each once.
+    `gnetlab.measure.memory` says, and told of, and so are larger ones, which are left out;
+    `batch_size` is what was measured, each once.
 
     Models and random state stay as they are: where a model would have to change, a copy is
     measured, one per dtype, format and step. Raises ValueError for a value it does not know,
@@ -113,9 +114,15 @@ def measure_latency(
                 runs = {(n, s): _run(ready[n, s[:3]], shape, s, device) for s, n in keys}
                 measured[size] = _take_turns(runs, size, device, rounds, min_run_time)
 
+        too_large = None
         for size in batch_sizes:
             size = _fitting(ready, input_size, size, device)
+            if too_large is not None and size >= too_large:
+                tell(f"batch size {size} asked; {too_large} did not fit already: it is left out")
+                continue
             halving(measure, size, result=", for all models")
+            if size not in measured:
+                too_large = size
     rows = itertools.chain.from_iterable(measured.values())
     return pd.DataFrame(rows).astype({"peak_memory": "Int64"})
 

@@ -25,6 +25,7 @@ from gnetlab.measure.devices import deterministic as deterministic_algorithms
 from gnetlab.measure.distributed import ALONE, Processes, processes
 from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.hooks import in_mode
+from gnetlab.measure.memory import in_parts
 from gnetlab.measure.steps import (
     NORMS,
     Captured,
@@ -109,7 +110,8 @@ def train(
     writes `checkpoint`, from which all go on, with more or fewer processes too: with `torchrun
     --max-restarts 3` a training survives a killed process.
 
-    A batch that is too large for the GPU's memory is taken in two halves, with a warning.
+    A batch that is too large for the GPU's memory is taken in two halves, with a warning; the
+    frame's `attrs["parts"]` is 2 then, else 1.
 
     Raises ValueError for unknown options and a checkpoint that cannot be gone on from, and
     RuntimeError at a non-finite loss, with the metrics so far in its `metrics`, or if half a batch
@@ -143,7 +145,7 @@ def train(
     with as_current(device), fork_random(device), deterministic_algorithms(deterministic):
         torch.manual_seed(seed)  # dropout
         if path and path.exists():
-            start, records = _resume(path, model, updates, gradients, device)
+            start, step_of.parts, records = _resume(path, model, updates, gradients, device)
         among.agree(start, f"the step at which checkpoint {path} goes on")
         pending: list[tuple[int, Metrics]] = []
         quiet = not among.first or not progress or None
@@ -164,7 +166,7 @@ def train(
             save = path is not None and (at_end or (step + 1) % save_every == 0)
             test = at_end or (test_every is not None and (step + 1) % test_every == 0)
             if save or test or len(pending) == _READ_EVERY:
-                _read(pending, records, among)
+                _read(pending, records, among, step_of.parts)
             if test:
                 for name in ("test", "train")[: 2 if train_batches else 1]:
                     scores = evaluate(
@@ -173,12 +175,13 @@ def train(
                     )  # fmt: skip
                     name = "test" if name == "test" else "train_eval"
                     records.append({"step": step + 1, "split": name, "source": "main", **scores})
-                _check_finite(records)
+                _check_finite(records, step_of.parts)
             if save:
                 if among.first:
-                    _save(path, model, updates, gradients, step + 1, records, device)
+                    done = step + 1, step_of.parts
+                    _save(path, model, updates, gradients, *done, records, device)
                 among.wait()
-    return _frame(records)
+    return _frame(records, step_of.parts)
 
 
 def check_options(optimizer: str, heads_until: float) -> None:
@@ -217,12 +220,18 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """`loss` (mean cross-entropy in nats) and `accuracy` (fraction) in eval mode.
 
-    On all test images, or with `split="train"` on `batches` batches of up to 256 training images.
-    `among` several processes, each of which calls this, the images are shared out.
+    On all test images, or with `split="train"` on `batches` batches of up to 256 training images;
+    a batch that does not fit into memory goes through in halves. `among` several processes, each of
+    which calls this, the images are shared out.
     """
+
+    def scores(rows: slice) -> Tensor:
+        logits = model(images[rows])
+        loss = F.cross_entropy(logits, labels[rows], reduction="sum")
+        return torch.stack([loss, (logits.argmax(1) == labels[rows]).sum()])
+
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-    loss = correct = torch.zeros((), device=device)
-    count = 0
+    sums, count = torch.zeros(2, device=device), 0
     chosen = data.test_batches() if split == "test" else _training_batches(data, batches)
     with in_mode(model, training=False):
         for images, labels in chosen:
@@ -231,12 +240,9 @@ def evaluate(
                 continue
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            logits = model(images)
-            loss = loss + F.cross_entropy(logits, labels, reduction="sum")
-            correct = correct + (logits.argmax(1) == labels).sum()
+            sums = sum(in_parts(scores, len(labels)), sums)
             count += len(labels)
-    sums = torch.stack([loss, correct, loss.new_tensor(count)])
-    loss, correct, count = among.sum(sums).tolist()
+    loss, correct, count = among.sum(torch.cat([sums, sums.new_tensor([count])])).tolist()
     return {"loss": loss / count, "accuracy": correct / count}
 
 
@@ -252,7 +258,7 @@ def _training_batches(data: Any, batches: int) -> Iterator[tuple[Tensor, Tensor]
         yield data.train_batch(step, size, 0)
 
 
-def _read(pending: list, records: list[dict[str, Any]], among: Processes) -> None:
+def _read(pending: list, records: list[dict[str, Any]], among: Processes, parts: int) -> None:
     """Move metrics from the device to `records`, as means over the processes.
 
     Stops at the first loss that is not finite; all processes do.
@@ -267,10 +273,10 @@ def _read(pending: list, records: list[dict[str, Any]], among: Processes) -> Non
             {"step": step, "split": "train", "source": source, "loss": loss, "accuracy": accuracy}
         )
     pending.clear()
-    _check_finite(records)
+    _check_finite(records, parts)
 
 
-def _check_finite(records: list[dict[str, Any]]) -> None:
+def _check_finite(records: list[dict[str, Any]], parts: int) -> None:
     bad = next((r for r in records if not math.isfinite(r["loss"])), None)
     if bad:
         error = RuntimeError(
@@ -278,12 +284,14 @@ def _check_finite(records: list[dict[str, Any]]) -> None:
             "learning rate, clip the gradient (clip=1.0) or choose another initialization. The "
             "metrics so far are in this error's `metrics`"
         )
-        error.metrics = _frame([r for r in records if r["step"] <= bad["step"]])
+        error.metrics = _frame([r for r in records if r["step"] <= bad["step"]], parts)
         raise error
 
 
-def _frame(records: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(records, columns=list(METRICS))
+def _frame(records: list[dict[str, Any]], parts: int) -> pd.DataFrame:
+    frame = pd.DataFrame(records, columns=list(METRICS))
+    frame.attrs["parts"] = parts
+    return frame
 
 
 def _save(
@@ -292,6 +300,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     gradients: GradientRecorder | None,
     step: int,
+    parts: int,
     records: list[dict[str, Any]],
     device: torch.device,
 ) -> None:
@@ -302,6 +311,7 @@ def _save(
         "optimizer": optimizer.state_dict(),
         "gradients": gradients.state_dict() if gradients else None,
         "step": step,
+        "parts": parts,
         "records": records,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -319,7 +329,8 @@ def _save(
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     gradients: GradientRecorder | None, device: torch.device,
-) -> tuple[int, list[dict[str, Any]]]:  # fmt: skip
+) -> tuple[int, int, list[dict[str, Any]]]:  # fmt: skip
+    """Steps done, parts that a batch is taken in, and records."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(content["model"])
@@ -333,7 +344,7 @@ def _resume(
         torch.set_rng_state(content["random"])
         if device.type == "cuda" and content["random_cuda"] is not None:
             torch.cuda.set_rng_state(content["random_cuda"], device)
-        return content["step"], content["records"]
+        return content["step"], content["parts"], content["records"]
     except Exception as error:  # torch.load raises many kinds
         raise ValueError(
             f"cannot go on from {path}: {type(error).__name__}: {str(error)[:200]}. Delete the "

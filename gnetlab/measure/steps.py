@@ -49,8 +49,20 @@ class Step:
             metrics[NORMS] = (self.gradients.norms(), None)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
+        self._update()
         return metrics
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"what {type(self.optimizer).__name__} keeps beside weights and gradients does not "
+                f"fit into memory ({str(error)[:200]}), and a smaller batch would not change that. "
+                "Try optimizer='sgd' with momentum=0, a narrower network, or a larger GPU"
+            ) from error
 
     def _backward(self, images: Tensor, labels: Tensor, weight: float, split: bool) -> Metrics:
         self.optimizer.zero_grad(set_to_none=True)

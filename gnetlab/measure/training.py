@@ -35,7 +35,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from gnetlab.measure.devices import device_name, resolve_device
+from gnetlab.measure.devices import device_name, resolve_device, tell
 from gnetlab.measure.distributed import own_device, processes
 from gnetlab.measure.gradients import HEAD_WEIGHT, GradientRecorder
 from gnetlab.measure.loop import METRICS, check_options, train
@@ -260,6 +260,8 @@ def study(
     for path, experiment in paths.items():
         facts, found = _read_record(path, frame)
         fields = {name: getattr(experiment, name) for name in ("steps", *named)}
+        if facts["parts"] > 1:
+            tell(f"{path.name} was run in half batches, for lack of memory; batch norm saw these")
         frames.append(found.assign(run=path.stem, stopped=facts["stopped"] or "", **fields))
     frames = [found for found in frames if len(found)] or frames[:1]
     return pd.concat(frames, ignore_index=True)
@@ -367,6 +369,7 @@ def _run(experiment: Experiment, device: str) -> str:
         metrics, stopped = error.metrics, str(error).partition(";")[0]
     facts = {
         "seconds": time.perf_counter() - start, "stopped": stopped,
+        "parts": metrics.attrs["parts"],
         "device": device_name(torch.device(device)), "torch": torch.__version__,
     }  # fmt: skip
     lines = [{"experiment": dataclasses.asdict(experiment), **facts}]
