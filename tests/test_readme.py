@@ -159,23 +159,69 @@ def test_every_command_runs(gnetlab, monkeypatch):
             gnetlab(command)
 
 
+def test_pip_installs_the_extra_for_a_cluster(tmp_path):
+    """In a copy, and up to the installation itself."""
+    pytest.importorskip("pip")  # which uv's environments lack
+    (command,) = re.findall("`(pip install [^`]+)`", README)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "gnetlab").mkdir()
+    ran = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command), "--dry-run"], cwd=tmp_path, text=True,
+        capture_output=True,
+        env=os.environ | {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "does not provide the extra" not in ran.stderr
+    needed = set(re.findall(r"already satisfied: ([^\s>=]+)", ran.stdout.replace("_", "-")))
+    assert {"distributed", "dask-jobqueue"} <= needed
+
+
+def test_the_line_for_conda_runs(tmp_path):
+    """With a stand-in that makes an environment of the file's name, and activates no other."""
+    (tmp_path / "conda").write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        f'"env create -f "*) cd {tmp_path}; mkdir $(sed -n "s/^name: //p" "{ROOT}/$4");;\n'
+        f'"activate "*) cd {tmp_path}/$2;;\n'
+        "*) exit 2;;\n"
+        "esac\n"
+    )
+    (tmp_path / "conda").chmod(0o755)
+    (line,) = re.findall("`(conda [^`]+)`", README)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", line], cwd=ROOT, check=True, env=os.environ | path)
+
+
 def test_the_commands_of_a_local_cluster_run(gnetlab):
-    pytest.importorskip("distributed")
+    distributed = pytest.importorskip("distributed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     (lines,) = (block for _, block in FENCED if block.startswith("dask scheduler"))
     (report,) = (line for line in COMMANDS if "--scheduler tcp" in line)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    shell = subprocess.Popen(
-        ["bash", "-c", f"{lines.replace('8786', port)} wait"], env=environment,
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+
+    def start(command: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", "-c", command], env=environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    opened = [start(f"{lines.replace('8786', port)} wait")]
     try:
         gnetlab(report.replace("8786", port) + " --output reports/cluster")
+        (line,) = re.findall("`(CUDA_VISIBLE_DEVICES=0 [^`]+)`", README)
+        line = line.replace("ADDRESS", f"tcp://127.0.0.1:{port}")
+        opened.append(start(f"exec env {line}"))
+        with distributed.Client(f"tcp://127.0.0.1:{port}") as client:
+            client.wait_for_workers(3, timeout=60)
+            place = client.submit(os.getenv, "CUDA_VISIBLE_DEVICES", resources={"GPU": 1})
+            assert place.result(timeout=60) == "0"
     finally:
-        os.killpg(shell.pid, signal.SIGTERM)
-        shell.wait(timeout=30)
+        for shell in opened:
+            os.killpg(shell.pid, signal.SIGTERM)
+            shell.wait(timeout=30)
 
 
 def test_the_script_for_several_gpus_runs(tmp_path):
