@@ -29,8 +29,8 @@ from gnetlab.measure.sparsity import sparse_speed
 from gnetlab.net.data import PhotoCrops
 
 RATES = {  # of a calibration
-    "flops": "FLOP/s", "bandwidth": "bytes/s", "reading": "bytes/s", "pooling": "comparisons/s",
-    "averaging": "additions/s", "normalizing": "operations/s",
+    "flops": "FLOP/s", "convolving": "FLOP/s", "bandwidth": "bytes/s", "reading": "bytes/s",
+    "pooling": "comparisons/s", "averaging": "additions/s", "normalizing": "operations/s",
 }  # fmt: skip
 
 

@@ -298,6 +298,8 @@ def test_an_environment_of_wheels_sees_the_packages_of_the_python_outside(
     with pytest.raises(SystemExit, match="no wheel is there; --download-wheels"):
         wheels.environment(tmp_path)
     wheels._stub(tmp_path, "gnetlab_nothing")
+    (tmp_path / "constraints.txt").write_text("torch<1\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
     python = wheels.environment(tmp_path)
     code = (
         "import importlib.metadata as m, importlib.util as u, sys;"

@@ -35,6 +35,7 @@ class Calibration(NamedTuple):
     dtype: str
     layout: str
     flops: float  # of the faster of two matrix products, two per multiply-add
+    convolving: float  # of a 1 x 1 convolution if that is faster still, else the same
     bandwidth: float  # bytes read and written by the largest copy
     copies: tuple[tuple[float, float], ...]  # bytes, seconds: small ones stay in caches
     pooling: float  # comparisons of a 3 x 3 max pooling
@@ -52,8 +53,10 @@ def calibrate(
 
     `dtype` and `channels_last` are those of the matrices and maps that it is measured with.
 
-    The rates are those of PyTorch's own matrix product, copy and pooling, with the threads that it
-    uses now; no network takes part. Raises ValueError for a device that is absent.
+    The rates are those of PyTorch's own matrix product, convolution, copy and pooling, with the
+    threads that it uses now; no network takes part. On a GPU convolutions are the faster ones if
+    PyTorch rounds their float32 to TF32, as it does by default, and not that of matrix products.
+    Raises ValueError for a device that is absent.
     """
     device = resolve_device(str(device))
     return _calibrate(str(device), device_name(device), dtype, channels_last)
@@ -73,6 +76,9 @@ def _calibrate(where: str, name: str, dtype: torch.dtype, channels_last: bool) -
         for side in (256 * scale, 1024 * scale):
             a, b = tensor(side, side), tensor(side, side)
             flops.append(2 * side**3 / _seconds(lambda a=a, b=b: a @ b, device))
+        maps, kernels = tensor(scale**2, 1024, 32, 32), tensor(1024, 1024, 1, 1)
+        maps = maps.contiguous(memory_format=torch.channels_last)  # a product, and nothing else
+        convolving = 2 * maps.numel() * 1024 / _seconds(lambda: F.conv2d(maps, kernels), device)
         copies = []
         for exponent in range(10, 26, 3):
             source = tensor(2**exponent * scale)
@@ -91,6 +97,7 @@ def _calibrate(where: str, name: str, dtype: torch.dtype, channels_last: bool) -
         dtype=str(dtype).removeprefix("torch."),
         layout="channels_last" if channels_last else "contiguous",
         flops=max(flops),
+        convolving=max(convolving, *flops),
         bandwidth=copies[-1][0] / copies[-1][1],
         copies=tuple(copies),
         pooling=8 * images.numel() / pooling,
@@ -157,7 +164,7 @@ def roofline(
 
     Returns the costs with three more columns:
 
-    macs_seconds        multiply-adds at the device's peak, nothing else
+    macs_seconds        multiply-adds at the device's peak for such an operation, nothing else
     roofline_seconds    the larger of that and of the bytes moved at its bandwidth
     calibrated_seconds  the largest of: multiply-adds at the peak, bytes as a copy of that size
                         takes, the windows of pooling and of response normalization at the rates
@@ -183,7 +190,8 @@ def roofline(
     found = calibration or calibrate(device, channels_last=channels_last)
     macs = costs.macs.fillna(0).astype(float) * batch_size
     moved = (costs.input_bytes + costs.output_bytes) * batch_size + costs.weight_bytes
-    compute = 2 * macs / found.flops
+    convolutions = costs.operation.str.startswith("conv")
+    compute = 2 * macs / np.where(convolutions, found.convolving, found.flops)
     rate = costs.operation.map(
         {"avg_pool2d": found.averaging, "local_response_norm": found.normalizing}
     )
