@@ -97,15 +97,8 @@ def environment(folder: Path) -> Path:
             path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")
         ]
         (own / "outside.pth").write_text("\n".join(outside) + "\n")
-        _pip(
-            "install",
-            "--no-index",
-            "--find-links",
-            folder.resolve(),
-            *requirements(),
-            python=python,
-            PIP_CONSTRAINT=os.devnull,
-        )  # fmt: skip  (there is no other choice)
+        _pip("install", "--no-index", "--find-links", folder.resolve(), *requirements(),
+             python=python, PIP_CONSTRAINT=os.devnull)  # fmt: skip
         done.touch()
     return python
 
