@@ -77,7 +77,7 @@ def assert_equal(one, other):
 def test_the_loss_decreases_on_an_easy_task():
     _, metrics = run(small(init="kaiming"), steps=20, batch_size=16, learning_rate=0.01)
     main = metrics[(metrics.source == "main") & (metrics.split == "train")].loss
-    assert main[-3:].mean() < 0.4 * main[:3].mean()
+    assert main[-3:].mean() < 0.5 * main[:3].mean()
 
 
 def test_frame_is_as_documented():

@@ -236,6 +236,8 @@ def _csr(weight: Tensor) -> Tensor:
     """O x I x 5 x 5 -> CSR matrix O x I*25, with the 32-bit indices that MKL computes with."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        # torch 2.11 says it in spite of `check_invariants`.
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly", UserWarning)
         csr = weight.flatten(1).to_sparse_csr()
         indices = csr.crow_indices().int(), csr.col_indices().int()
         return torch.sparse_csr_tensor(*indices, csr.values(), csr.shape, check_invariants=True)
