@@ -228,7 +228,8 @@ def evaluate(
     def scores(rows: slice) -> Tensor:
         logits = model(images[rows])
         loss = F.cross_entropy(logits, labels[rows], reduction="sum")
-        return torch.stack([loss, (logits.argmax(1) == labels[rows]).sum()])
+        correct = (logits.argmax(1) == labels[rows]).sum()
+        return torch.stack([loss, correct.to(loss)])
 
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     sums, count = torch.zeros(2, device=device), 0
