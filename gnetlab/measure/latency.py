@@ -66,7 +66,7 @@ def measure_latency(
     `images_per_second`, `peak_memory` (bytes beyond weights and images; CUDA only, else NA).
 
     A batch size that does not fit into memory, for one of the models, is halved for all, as
-    `gnetlab.measure.memory` says, and told of, and so are larger ones, which are left out;
+    `gnetlab.measure.memory` says, and larger ones after it are left out; both are told of.
     `batch_size` is what was measured, each once.
 
     Models and random state stay as they are: where a model would have to change, a copy is

@@ -54,9 +54,9 @@ def calibrate(
     `dtype` and `channels_last` are those of the matrices and maps that it is measured with.
 
     The rates are those of PyTorch's own matrix product, convolution, copy and pooling, with the
-    threads that it uses now; no network takes part. On a GPU convolutions are the faster ones if
-    PyTorch rounds their float32 to TF32, as it does by default, and not that of matrix products.
-    Raises ValueError for a device that is absent.
+    threads that it uses now; no network takes part. Convolutions have a peak of their own: on a
+    GPU PyTorch by default rounds their float32 to TF32, and not that of matrix products. Raises
+    ValueError for a device that is absent.
     """
     device = resolve_device(str(device))
     return _calibrate(str(device), device_name(device), dtype, channels_last)
