@@ -241,11 +241,11 @@ class TestFaults:
     def test_a_cell_that_never_lets_go_of_python_is_ended_too(self, tmp_path):
         holds = "import ctypes; ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
         path = write(tmp_path / "n.ipynb", "print('be' + 'fore')", holds)
-        entry = run([path], tmp_path / "out", timeout=20)["n"]  # time to start on a busy machine
+        entry = run([path], tmp_path / "out", timeout=30)["n"]  # time to start on a busy machine
         assert entry["status"] == "timeout"
         kept = (tmp_path / "out" / "failed" / "n" / "n.ipynb").read_text()
         assert "before" in kept
-        assert entry["seconds"] < 32
+        assert entry["seconds"] < 42
 
     def test_only_a_large_notebook_is_saved_less_often(self, tmp_path, monkeypatch):
         clock = iter(range(1000))
