@@ -648,6 +648,26 @@ class TestReproducible:
         for name in found[0]:
             assert found[0][name] == found[1][name], name
 
+    def test_what_is_printed_in_pieces_is_kept_as_one_text(self, tmp_path):
+        """Where a kernel cuts it depends on how busy the machine is."""
+        printing = (
+            "import sys, time",
+            "for i in range(3):",
+            "    print('out', i, flush=True); print('err', i, file=sys.stderr, flush=True)",
+            "    time.sleep(0.3)",
+            "display(1)",
+            "print('last')",
+        )
+        path = write(tmp_path / "n.ipynb", "\n".join(printing))
+        run([path], tmp_path / "out")
+        executed = nbformat.read(tmp_path / "out" / "n" / "n.ipynb", as_version=4)
+        outputs = executed.cells[-1].outputs
+        assert [out.get("name", out.output_type) for out in outputs] == [
+            "stdout", "stderr", "display_data", "stdout"
+        ]  # fmt: skip
+        texts = [out.text for out in outputs if out.output_type == "stream"]
+        assert texts == ["out 0\nout 1\nout 2\n", "err 0\nerr 1\nerr 2\n", "last\n"]
+
     def test_nothing_tells_whose_machine_it_was(self, tmp_path):
         """The home folder is in the parameters, the command, an error and what a cell prints."""
         home = tmp_path / "home-of-somebody"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def normalize(executed: Path) -> None:
             cell["id"] = "injected-parameters"
         elif "error" in cell.metadata.get("tags", []):
             cell["id"] = f"error-{number}"
+        if "outputs" in cell:
+            cell.outputs = _joined_streams(cell.outputs)
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
                 output.text = _shortened(_steady(output.text, names))
@@ -58,6 +61,25 @@ def normalize(executed: Path) -> None:
                         output.data[kind] = _steady(value, names)
                 output.data.pop("application/vnd.jupyter.widget-view+json", None)
     write(executed, without_home(nbformat.writes(notebook)) + "\n")
+
+
+def _joined_streams(outputs: list) -> list:
+    """What was printed between two other outputs as one text, warnings after it as another.
+
+    A kernel sends what is printed in pieces when its time has come, and the two in any order.
+    """
+    joined: list = []
+    for is_stream, group in itertools.groupby(outputs, lambda out: out.output_type == "stream"):
+        if not is_stream:
+            joined += group
+            continue
+        streams: dict[str, nbformat.NotebookNode] = {}
+        for output in group:
+            first = streams.setdefault(output.name, output)
+            if first is not output:
+                first.text += output.text
+        joined += sorted(streams.values(), key=lambda out: out.name == "stderr")
+    return joined
 
 
 def _steady(text: str, names: dict[str, str]) -> str:
