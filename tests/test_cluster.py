@@ -196,8 +196,8 @@ def test_a_notebook_that_takes_too_long_comes_back_as_far_as_it_got(client, tmp_
                  "import time; time.sleep(600)")  # fmt: skip
     jobs = plan([path])
     with Cluster(client.scheduler.address, jobs) as place:
-        (entry,) = runner.run(jobs, tmp_path / "out", place=place, timeout=10)["notebooks"]
-    assert (entry["status"], entry["error"]) == ("timeout", "took longer than 10 s, in cell 5")
+        (entry,) = runner.run(jobs, tmp_path / "out", place=place, timeout=20)["notebooks"]
+    assert (entry["status"], entry["error"]) == ("timeout", "took longer than 20 s, in cell 5")
     assert "so far" in (tmp_path / "out" / "failed" / "hangs" / "hangs.ipynb").read_text()
     assert not sleepers("7501")
 
@@ -215,13 +215,13 @@ def test_no_process_outlives_the_one_who_runs_it(client, tmp_path):
         )  # fmt: skip
         until(lambda: sleepers(seconds))  # noqa: B023  (the second goes to the idle worker)
     # a worker that executes a notebook is free for the runs that the notebook sends
-    assert client.submit(abs, -7, pure=False).result(timeout=20) == 7
+    assert client.submit(abs, -7, pure=False).result(timeout=60) == 7
     kernels = [psutil.Process(p.ppid()) for s in numbers for p in sleepers(s)]
     for seconds, number in numbers.items():
         running[seconds].send_signal(number)
-    assert running["7502"].wait(timeout=20) == 130
-    running["7503"].wait(timeout=20)
-    until(lambda: not any(map(sleepers, numbers)) and not any(k.is_running() for k in kernels), 10)
+    assert running["7502"].wait(timeout=60) == 130
+    running["7503"].wait(timeout=60)
+    until(lambda: not any(map(sleepers, numbers)) and not any(k.is_running() for k in kernels))
     (entry,) = json.loads((tmp_path / "7502" / "manifest.json").read_text())["notebooks"]
     assert entry["status"] == "cancelled"
 
@@ -243,7 +243,7 @@ def test_a_worker_executes_one_notebook_at_a_time(monkeypatch):
         time.sleep(1.2)
         assert not waits.done()
         states.tasks["key"].state = "cancelled"
-        assert waits.result(timeout=10) is None
+        assert waits.result(timeout=60) is None
 
 
 def test_one_whose_workers_end_again_and_again_has_died(client, tmp_path, monkeypatch):
@@ -270,7 +270,7 @@ class TestEntering:
             enter("tcp://127.0.0.1:9")
         with pytest.raises(ReportError, match="--scheduler what:ever asked"):
             enter("what:ever")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 25
 
     def test_there_is_no_worker(self, monkeypatch):
         monkeypatch.setattr(cluster, "PATIENCE", 1)

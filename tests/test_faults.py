@@ -57,6 +57,12 @@ def run(paths, output, parameters=None, **options):
     return {entry["name"]: entry for entry in manifest["notebooks"]}
 
 
+def late_once(path: Path, monkeypatch) -> None:
+    """Let 1000 s pass for the runner when the file is made: no test waits, nor is late itself."""
+    late = SimpleNamespace(monotonic=lambda: time.monotonic() + 1000 * path.exists())
+    monkeypatch.setattr(runner, "time", late)
+
+
 class TestIncremental:
     @pytest.fixture
     def done(self, tmp_path):
@@ -185,17 +191,22 @@ class TestIncremental:
 
 
 class TestFaults:
-    def test_a_notebook_that_hangs_and_ignores_interrupts_is_ended_at_its_deadline(self, tmp_path):
-        stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        hangs = write(tmp_path / "hangs.ipynb", CHILD.format("7301"),
-                      stubborn + "time.sleep(600)")  # fmt: skip
+    def test_a_notebook_that_hangs_and_ignores_interrupts_is_ended_at_its_deadline(
+        self, tmp_path, monkeypatch
+    ):
+        late_once(tmp_path / "late", monkeypatch)
+        stubborn = (
+            "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+            f"open({str(tmp_path / 'late')!r}, 'w').close(); time.sleep(600)"
+        )
+        hangs = write(tmp_path / "hangs.ipynb", CHILD.format("7301"), stubborn)
         good = write(tmp_path / "good.ipynb", "1")
-        entries = run([hangs, good], tmp_path / "out", timeout=8)
+        entries = run([hangs, good], tmp_path / "out", timeout=100)
         assert entries["hangs"]["status"] == "timeout"
-        assert entries["hangs"]["error"] == "took longer than 8 s, in cell 4"  # of those that ran
+        assert entries["hangs"]["error"] == "took longer than 100 s, in cell 4"  # of those that ran
         assert entries["good"]["status"] == "done"
         assert not sleepers("7301")
-        assert entries["hangs"]["seconds"] < 20
+        assert entries["hangs"]["seconds"] < 1300
 
     def test_a_kernel_that_is_killed_is_said_to_have_died(self, tmp_path):
         dies = write(tmp_path / "dies.ipynb", "import os; os.kill(os.getpid(), 9)", "1")
@@ -238,14 +249,18 @@ class TestFaults:
             run([path], tmp_path / "out")
         assert run([path], tmp_path / "out")["n"]["status"] == "done"
 
-    def test_a_cell_that_never_lets_go_of_python_is_ended_too(self, tmp_path):
-        holds = "import ctypes; ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
+    def test_a_cell_that_never_lets_go_of_python_is_ended_too(self, tmp_path, monkeypatch):
+        late_once(tmp_path / "late", monkeypatch)
+        holds = (
+            f"import ctypes; open({str(tmp_path / 'late')!r}, 'w').close()\n"
+            "ctypes.PyDLL(None).sleep(600)"  # PyDLL keeps the lock
+        )
         path = write(tmp_path / "n.ipynb", "print('be' + 'fore')", holds)
-        entry = run([path], tmp_path / "out", timeout=30)["n"]  # time to start on a busy machine
+        entry = run([path], tmp_path / "out", timeout=100)["n"]
         assert entry["status"] == "timeout"
         kept = (tmp_path / "out" / "failed" / "n" / "n.ipynb").read_text()
         assert "before" in kept
-        assert entry["seconds"] < 42
+        assert entry["seconds"] < 1300
 
     def test_only_a_large_notebook_is_saved_less_often(self, tmp_path, monkeypatch):
         clock = iter(range(1000))
@@ -404,7 +419,7 @@ for name in ("done.jsonl", ".half.jsonl"):
         kernels = [p.parent() for p in sleepers(seconds)]
         running.send_signal(number)
         status = running.wait(timeout=30)
-        until(lambda: not sleepers(seconds) and not any(k.is_running() for k in kernels), 10)
+        until(lambda: not sleepers(seconds) and not any(k.is_running() for k in kernels))
         if number == signal.SIGKILL:
             return
         assert status == 130

@@ -450,6 +450,6 @@ def test_half_a_pdf_is_never_left(does, message, tmp_path, monkeypatch):
     (tmp_path / "report" / "index.html").write_text("")
     (tmp_path / "report" / "report.pdf").write_text("the last one")
     with pytest.raises(page.PrintError, match=message):
-        page.print_pdf(tmp_path / "report" / "index.html", timeout=0.5 if "sleep" in does else 20)
+        page.print_pdf(tmp_path / "report" / "index.html", timeout=0.5 if "sleep" in does else 60)
     assert (tmp_path / "report" / "report.pdf").read_text() == "the last one"
     assert len(list((tmp_path / "report").iterdir())) == 2
