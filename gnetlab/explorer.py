@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import html
+import operator
 import os
 import uuid
 from collections.abc import Sequence
@@ -67,7 +68,8 @@ def explore(
     >>> explorer.statistics.groupby("picture").module.nunique().to_dict()  # branches
     {'cat': 36, 'coffee': 36}
     """
-    classes = classes or getattr(model, "classes", None)
+    if classes is None:
+        classes = getattr(model, "classes", None)
     asked = {"size": size, "targets": targets, "classes": classes, "channels": channels}
     pictures = _measure(model, images, method=method, **asked)
     options = {"note": getattr(model, "weights_note", ""), "method": method}
@@ -92,6 +94,8 @@ def _measure(
             f"{type(model).__name__} has no Inception modules of gnetlab; explore takes "
             "gnetlab.googlenet(...), before gnetlab.fuse"
         )
+    if size < 1:
+        raise ValueError(f"size={size} asked; give the side of the picture in pixels, such as 224")
     if channels is not None and channels < 1:
         raise ValueError(f"channels={channels} asked; keep at least 1 per branch, or None for all")
     opened = _open(images)
@@ -106,7 +110,7 @@ def _measure(
             f"{len(classes)} names in classes; this network has {count} classes: give one name for "
             "each, or set model.classes = None"
         )
-    each = [targets] if targets is None or isinstance(targets, int | str) else list(targets)
+    each = [targets] if np.ndim(targets) == 0 else list(targets)
     each = each * len(opened) if len(each) == 1 else each
     if len(each) != len(opened):
         raise ValueError(f"{len(each)} targets for {len(opened)} images; give one, or one for each")
@@ -181,7 +185,7 @@ def _class(target: int | str, classes: Sequence[str] | None, count: int) -> int:
     if classes is not None and target in classes:
         return list(classes).index(target)
     try:
-        index = int(target)
+        index = int(target) if isinstance(target, str) else operator.index(target)
     except (TypeError, ValueError):
         index = -1
     if not 0 <= index < count:

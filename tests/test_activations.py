@@ -27,8 +27,8 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def small(preset="torchvision"):
-    return gl.googlenet(preset, width=0.1, num_classes=5, seed=0, init="kaiming")
+def small(preset="torchvision", **changes):
+    return gl.googlenet(preset, width=0.1, num_classes=5, seed=0, init="kaiming", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +94,28 @@ def test_shares(statistics, maps):
         np.testing.assert_allclose(rows.channel_share, 1 / len(energy))
 
 
-@pytest.mark.parametrize("preset", ["torchvision", "naive"])
-def test_concat_index_is_the_channel_of_the_modules_output(preset, batches):
-    model = small(preset)
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [("torchvision", {}), ("naive", {}), ("torchvision", {"extra_modules": 2}),
+     ("torchvision", {"stem": "inception"})],
+)  # fmt: skip
+def test_concat_index_is_the_channel_of_the_modules_output(preset, changes, batches):
+    model = small(preset, **changes)
     frame = branch_statistics(model, batches[:1])
-    names = [f"inception{stage}" for stage in frame.stage.unique()]
+    modules = frame.module.str.rpartition(".")[0]
+    names = list(modules.unique())
+    assert len(names) == 9 + changes.get("extra_modules", 0) + 2 * ("stem" in changes)
+    assert frame.stage.nunique() == len(names) - ("stem" in changes)
+    for shares in (frame.energy_share, frame.channel_share):
+        np.testing.assert_allclose(shares.groupby(modules).sum(), 1, rtol=1e-12)
     with torch.no_grad(), record(model.eval(), names) as outputs:
         model(batches[0])
-    for stage, rows in frame.groupby("stage"):
-        output = outputs[f"inception{stage}"]
+    for module, rows in frame.groupby(modules):
+        output = outputs[module]
         assert sorted(rows.concat_index) == list(range(output.shape[1]))
         mean = output.double().mean((0, 2, 3))[torch.tensor(rows.concat_index.to_numpy())]
         np.testing.assert_allclose(rows["mean"], mean, rtol=1e-5, atol=1e-6 * float(mean.max()))
-        slices = model.get_submodule(f"inception{stage}").branch_slices
+        slices = model.get_submodule(module).branch_slices
         starts = rows.module.map(lambda name, s=slices: s[name.rpartition(".")[2]].start)
         assert (rows.concat_index == starts + rows.channel).all()
 

@@ -214,8 +214,19 @@ def test_shares_by_hand():
     ]
 
 
+def test_each_copy_of_a_module_shares_out_the_difference(images):
+    model = gl.googlenet("torchvision", width=0.1, num_classes=5, seed=0, init="kaiming",
+                         extra_modules=2).double()  # fmt: skip
+    maps = branch_attribution(model, images, method="conductance", steps=64)
+    shares = attribution_shares(maps)
+    assert shares.stage.unique().tolist()[4:8] == ["4c", "4c_2", "4c_3", "4d"]
+    assert shares.completeness.between(0.95, 1.05).all()
+    second = by_stage(maps, ["4c_2"])["4c_2"]
+    assert (second["5x5"] == maps["inception4c_2.branch5x5"][0]).all()
+
+
 def test_shares_need_all_branches_of_a_module():
-    with pytest.raises(ValueError, match="shares of 4a asked, but only its branches 5x5"):
+    with pytest.raises(ValueError, match="shares of inception4a asked, but only its branches 5x5"):
         attribution_shares({"inception4a.branch5x5": np.ones((1, 2, 2))})
 
 

@@ -488,6 +488,13 @@ def test_blocks_of_vgg_end_with_their_pool():
     assert by_stage["head"] == 25088 * 4096 + 4096 * 4096 + 4096 * 1000
 
 
+def test_a_branch_has_one_name_in_every_module_whatever_its_kernel():
+    changes = {"stem": "inception", "extra_modules": 1, "branch5x5": "3x3", "width": 0.1}
+    costs = layer_costs(gl.googlenet("paper", **changes), (3, 64, 64))
+    found = costs[costs.module.str.startswith("inception")].groupby("module", sort=False).branch
+    assert set(found.first()) <= {"1x1", "3x3", "5x5", "pool", ""}
+
+
 def test_a_weight_that_two_layers_share_is_counted_once():
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight

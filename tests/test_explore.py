@@ -346,3 +346,43 @@ def test_a_batch_run_has_no_controls(model, monkeypatch):
     monkeypatch.delenv(door.BATCH)
     monkeypatch.setattr(door, "_kernel_listens", lambda: False)
     assert not isinstance(explore(model, "cat", size=SIDE), LiveExplorer)
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, nn.DataParallel])
+def test_a_network_inside_another_is_the_same_to_look_at(model, found, wrap):
+    inside = explore(wrap(model), ["cat", "coffee"], size=SIDE)
+    theirs, own = (unpacked(explorer.html(), 1) for explorer in (inside, found))
+    for one, other in zip(theirs[0]["branches"], own[0]["branches"], strict=True):
+        assert {**one, "module": ""} == {**other, "module": ""}
+    for column in ("stage", "branch", "channel", "concat_index", "mean"):
+        assert inside.statistics[column].equals(found.statistics[column])
+
+
+def test_copies_of_a_module_are_modules_of_their_own():
+    found = explore(network(norm="batch", extra_modules=2), "cat", size=SIDE)
+    stages = found.statistics.stage.unique().tolist()
+    assert stages == ["3a", "3b", "4a", "4b", "4c", "4c_2", "4c_3", "4d", "4e", "5a", "5b"]
+    about = unpacked(found.html(), 0)[0]
+    assert [b["stage"] for b in about["branches"]] == [s for s in stages for _ in range(4)]
+    assert all(b["start"] == 0 for b in about["branches"][::4])
+
+
+@pytest.mark.parametrize("target", [np.int64(3), torch.tensor(3), np.array([3]), "3", [3]])
+def test_a_class_may_be_given_as_any_whole_number(model, target):
+    assert (
+        explore(model, "cat", size=SIDE, targets=target, channels=1).pictures[0].target == "class 3"
+    )
+
+
+def test_names_of_classes_may_be_an_array(model):
+    named = explore(model, "cat", size=SIDE, channels=1, classes=np.array(list("abcdefghij")))
+    assert named.pictures[0].target[0] in "abcdefghij"
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"targets": [2.7]}, "class 2.7 asked; this network has 10 classes"),
+    ({"size": 0}, "size=0 asked; give the side"),
+])  # fmt: skip
+def test_what_is_no_class_and_no_size(model, asked, message):
+    with pytest.raises(ValueError, match=message):
+        explore(model, "cat", **{"size": SIDE} | asked)

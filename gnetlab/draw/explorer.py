@@ -88,6 +88,11 @@ def _kept(picture: Picture, module: str) -> pd.DataFrame:
     return rows.nlargest(picture.channels, "deviation").sort_values("channel")
 
 
+def _stage(branch: str) -> str:
+    """Of a branch's dotted name: "4c", "4c_2", of the inception stem "1" and "2"."""
+    return branch.split(".")[-2].removeprefix("inception")
+
+
 def pack(picture: Picture) -> tuple[dict[str, Any], str]:
     """What the page needs of a picture: a description for JSON, and the packed arrays.
 
@@ -105,7 +110,7 @@ def pack(picture: Picture) -> tuple[dict[str, Any], str]:
     packed += np.concatenate(numbers).astype("<f4").tobytes()
     branches = [
         {
-            "stage": module.partition(".")[0].removeprefix("inception"),
+            "stage": _stage(module),
             "branch": rows.branch.iloc[0],
             "module": module,
             "start": int(rows.concat_index.iloc[0] - rows.channel.iloc[0]),
@@ -234,13 +239,13 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
 
     Over each panel the channel's index within the branch. Each map is scaled to its own range.
     """
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in picture.maps))
+    stages = list(dict.fromkeys(map(_stage, picture.maps)))
     branches = list(dict.fromkeys(picture.statistics.branch))
     liveliest = picture.statistics.groupby("module", sort=False).deviation.idxmax()
     chosen = picture.statistics.loc[liveliest]
     grey = picture.pixels.mean(axis=2) / 255 * 0.45 + 0.5
     side = picture.pixels.shape[0]
-    step = 5.6 / len(modules)  # inches from panel to panel
+    step = 5.6 / len(stages)  # inches from panel to panel
     width, height = style.WIDTHS["page"], (step + 0.02) * len(branches) + 0.5
     with style.context():
         figure = Figure((width, height))
@@ -258,7 +263,7 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
         likeliest = [f"{label[:22]}  {p:.1%}" for label, p in picture.predictions[:3]]
         figure.text(0.05 / width, 1 - 1.6 / height, "\n".join(likeliest), va="top", fontsize=6.5)
         for row in chosen.itertuples():
-            column = modules.index(row.module.rpartition(".")[0])
+            column = stages.index(_stage(row.module))
             left, top = 1.58 + column * step, 0.3 + branches.index(row.branch) * (step + 0.02)
             ax = panel(left, top, step - 0.1)
             codes = quantize(picture.maps[row.module][[row.channel]])[0][0] / 255
@@ -268,8 +273,7 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
                 ax.imshow(layer, extent=(0, side, side, 0), interpolation="nearest", **options)
             ax.set_title(row.channel, fontsize=5.5, loc="center", pad=1.5)
             if row.branch == branches[0]:
-                stage = modules[column].removeprefix("inception")
-                figure.text((left + (step - 0.1) / 2) / width, 1 - 0.15 / height, stage,
+                figure.text((left + (step - 0.1) / 2) / width, 1 - 0.15 / height, stages[column],
                             ha="center", fontweight="bold")  # fmt: skip
             if column == 0:
                 ax.text(-0.08, 0.5, row.branch, transform=ax.transAxes, rotation=90, ha="right",

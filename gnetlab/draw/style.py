@@ -101,10 +101,14 @@ def is_narrow(figure: Figure) -> bool:
 def stage_order(stages: list[str]) -> list[str]:
     """Stages in forward order: GoogLeNet's known ones first, others as they come.
 
-    >>> stage_order(["head", "3a", "stem"])
-    ['stem', '3a', 'head']
+    >>> stage_order(["head", "4d", "4c_10", "4c_2", "4c", "stem"])
+    ['stem', '4c', '4c_2', '4c_10', '4d', 'head']
     """
-    seen = list(dict.fromkeys(stages))
-    known = [stage for stage in STAGES if stage in seen]
-    others = [stage for stage in seen if stage not in STAGES]
-    return [s for s in known if s != "head"] + others + (["head"] if "head" in seen else [])
+
+    def place(stage: str) -> tuple[float, int]:
+        known, _, copy = stage.partition("_")
+        if known not in STAGES or (copy and not copy.isdecimal()):
+            return STAGES.index("head") - 0.5, 0
+        return STAGES.index(known), int(copy or 1)
+
+    return sorted(dict.fromkeys(stages), key=place)

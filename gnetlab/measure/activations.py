@@ -77,7 +77,7 @@ def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> p
     Columns: `module` (dotted name of the branch), `stage`, `branch`, `channel` (index within the
     branch), `concat_index` (index in the module's output), `mean`, `variance` (population),
     `zero_fraction` (share of exact zeros), `energy` (mean square), `energy_share` (of its
-    module's energy; sums to 1 per stage), `channel_share` (1 / channels of the module), one row
+    module's energy; sums to 1 per module), `channel_share` (1 / channels of the module), one row
     per channel, over all images and positions. No units: activations are what they are.
 
     The model runs in eval mode and without gradients; its mode is restored. Memory does not grow
@@ -140,11 +140,11 @@ def streamed(
 def _statistics(sums: Mapping[str, _Sums]) -> pd.DataFrame:
     frames = [_branch_frame(name, state) for name, state in sums.items()]
     frame = pd.concat(frames, ignore_index=True)
-    stages = frame.groupby("stage", sort=False)
+    modules = frame.groupby(frame.module.str.rpartition(".")[0], sort=False)
     return frame.assign(
-        concat_index=stages.cumcount(),
-        energy_share=frame.energy / stages.energy.transform("sum"),
-        channel_share=1 / stages.channel.transform("size"),
+        concat_index=modules.cumcount(),
+        energy_share=frame.energy / modules.energy.transform("sum"),
+        channel_share=1 / modules.channel.transform("size"),
     )[
         [
             "module", "stage", "branch", "channel", "concat_index", "mean", "variance",

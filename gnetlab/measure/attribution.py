@@ -255,16 +255,17 @@ def attribution_shares(maps: Mapping[str, np.ndarray]) -> pd.DataFrame:
         total = float(values.sum(axis=(1, 2)).mean())
         rows.append({"module": name, "stage": stage, "branch": branch, "attribution": total})
     frame = pd.DataFrame(rows, columns=["module", "stage", "branch", "attribution"])
-    for stage, found in frame.groupby("stage", sort=False).branch:
+    modules = frame.module.str.rpartition(".")[0]
+    for module, found in frame.groupby(modules, sort=False).branch:
         if len(found) < 4:
             raise ValueError(
-                f"shares of {stage} asked, but only its branches {', '.join(found)} were "
+                f"shares of {module} asked, but only its branches {', '.join(found)} were "
                 "attributed; leave names= out, or name all four of a module"
             )
-    whole = frame.attribution.abs().groupby(frame.stage).transform("sum")
+    whole = frame.attribution.abs().groupby(modules).transform("sum")
     frame = frame.assign(share=frame.attribution / whole)
     if getattr(maps, "difference", None) is not None:
-        passed = frame.groupby("stage").attribution.transform("sum")
+        passed = frame.groupby(modules).attribution.transform("sum")
         frame = frame.assign(completeness=passed / maps.difference.mean())
     return frame
 

@@ -165,7 +165,7 @@ def _branches(steps: list[Step], joins: list[tuple[str, list[int]]]) -> list[str
             paths.append([j for j, bit in enumerate(bits, first) if bit == "1"])
         if not all(paths):
             continue
-        inception = re.fullmatch(r"(.*\.)?inception\d[a-e]", module) and len(paths) == 4
+        inception = re.fullmatch(r"(.*\.)?inception\d([a-e](_\d+)?)?", module) and len(paths) == 4
         names = _ROLES if inception else _names([[steps[j] for j in path] for path in paths])
         for path, name in zip(paths, names, strict=True):
             for j in path:
@@ -191,7 +191,7 @@ _STEM = re.compile(r"input_transform|conv[123](_reduce)?|(max)?pool[012]|lrn[12]
 
 @functools.lru_cache(maxsize=4096)
 def _stage(top: str) -> str:
-    found = re.fullmatch(r"inception(\d[a-e])(?:_\d+)?", top)
+    found = re.fullmatch(r"inception(\d[a-e](?:_\d+)?)", top)
     if found:
         return found[1]
     if top in _AFTER:
@@ -210,12 +210,16 @@ _BRANCHES = {
 def locate(module: str) -> tuple[str, str]:
     """Stage and branch of a dotted name, ours or torchvision's; "stem", "" for the stem.
 
-    pool3 and pool4 belong to the stage whose output they reduce, 3b and 4e.
+    pool3 and pool4 belong to the stage whose output they reduce, 3b and 4e. A module's stage is
+    told inside another network too, such as nn.Sequential or nn.DataParallel.
 
     >>> locate("inception4c.branch5x5.reduce.conv"), locate("conv2"), locate("aux1.fc1")
     (('4c', '5x5'), ('stem', ''), ('aux1', ''))
+    >>> locate("module.inception4c_2.branch_pool")
+    ('4c_2', 'pool')
     """
-    top, _, rest = module.partition(".")
+    inner = module.find(".inception")
+    top, _, rest = module[inner + 1 :].partition(".")
     stage = _stage(top)
     return stage, _BRANCHES.get(rest.partition(".")[0], "") if top.startswith("inception") else ""
 

@@ -146,7 +146,8 @@ def channel_selectivity(model: GoogLeNet, *, size: int = 128, batch_size: int = 
         place = {"module": name, "stage": stage, "branch": branch, "channel": tuning.index}
         frames.append(tuning.assign(**place))
     frame = pd.concat(frames, ignore_index=True)
-    frame = frame.assign(concat_index=frame.groupby("stage", sort=False).cumcount())
+    modules = frame.module.str.rpartition(".")[0]
+    frame = frame.assign(concat_index=frame.groupby(modules, sort=False).cumcount())
     return frame[
         [
             "module", "stage", "branch", "channel", "concat_index", "responds", "orientation",

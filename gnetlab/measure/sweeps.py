@@ -77,7 +77,7 @@ def _module(
 ) -> Iterator[_Layer]:
     """An Inception module's convolutions; returns its output channels."""
     unit = {"bias": arch.conv_bias, "norm": arch.norm == "batch"}
-    stage = "stem" if stage.startswith("inception") else stage.partition("_")[0]
+    stage = "stem" if stage.startswith("inception") else stage
     yield _Layer(stage, "1x1", inputs, widths.conv1x1, side**2, **unit)
     kernels = {"5x5": [25], "3x3": [9], "3x3+3x3": [9, 9]}[arch.branch5x5]
     for branch, reduced, outputs, windows in (
@@ -169,7 +169,7 @@ def width_costs(
     rows = []
     for width in widths:
         costs = closed_form(arch.change(width=width), side)
-        of_modules = costs[costs.stage.isin(list(MODULES))]
+        of_modules = costs[costs.stage.str.partition("_")[0].isin(list(MODULES))]
         rows.append((width, costs.macs.sum(), of_modules.macs.sum(), costs.parameters.sum()))
     frame = pd.DataFrame(rows, columns=["width", "macs", "module_macs", "parameters"])
     growth = np.log(frame[["width", "macs", "module_macs"]]).diff()
