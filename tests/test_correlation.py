@@ -8,6 +8,7 @@ from torch import nn
 import gnetlab as gl
 from gnetlab.measure import correlation
 from gnetlab.measure.correlation import branch_correlation
+from gnetlab.net.data import preprocess
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_frame_is_as_documented(model, batches):
     frame = branch_correlation(model, batches, permutations=20)
     assert list(frame.columns) == [
         "module", "stage", "channels", "within", "between", "difference", "z", "p", "rand_index",
-        "values",
+        "largest_cluster", "values",
     ]  # fmt: skip
     assert frame.stage.tolist() == ["3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b"]
     assert frame["values"].tolist()[:3] == [6 * 64, 6 * 64, 6 * 16]
@@ -73,6 +74,29 @@ def test_planted_groups_are_found_and_noise_is_not():
     result = correlation._against_chance(np.abs(noise), branch, 200, np.random.default_rng(1))
     assert abs(result["z"]) < 3
     assert abs(correlation._rand_index(correlation._clusters(noise, 3), branch)) < 0.2
+
+
+def test_no_cluster_swallows_nearly_all_channels():
+    """As one does by average linkage, whose index is about 0 whatever the branches do."""
+    views = list(gl.photographs())[:8]
+    pixels = torch.cat([preprocess(gl.photographs()[name].pixels, 96) for name in views])
+    frame = branch_correlation(gl.googlenet(weights="bundled"), pixels, permutations=5)
+    assert (frame.largest_cluster < 0.6).all()
+    assert frame.rand_index.abs().max() < 0.3
+
+
+def test_what_does_not_vary_is_left_out_and_a_dead_module_has_none(batches):
+    model = gl.googlenet("paper", aux=False, width=0.1, norm="batch", seed=0)
+    with torch.no_grad():
+        for branch in ("branch1x1", "branch3x3", "branch5x5", "branch_pool"):
+            last = list(model.inception4a.get_submodule(branch).modules())
+            norm = [m for m in last if isinstance(m, nn.BatchNorm2d)][-1]
+            norm.weight.zero_()
+            norm.bias.fill_(1 / 3)  # constant, and not exactly zero
+    frame = branch_correlation(model, batches, permutations=5).set_index("stage")
+    assert frame.channels["4a"] == 0
+    assert frame.loc["4a", ["within", "z", "p", "rand_index", "largest_cluster"]].isna().all()
+    assert frame.channels["3a"] > 20
 
 
 def test_rand_index_by_hand():

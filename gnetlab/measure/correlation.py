@@ -17,6 +17,8 @@ from torch import Tensor
 from gnetlab.measure.activations import Moments, add_moments, streamed
 from gnetlab.net.model import GoogLeNet, Inception, check_ours
 
+_FOUND = ("within", "between", "difference", "z", "p", "rand_index", "largest_cluster")
+
 
 def branch_correlation(
     model: GoogLeNet,
@@ -35,8 +37,10 @@ def branch_correlation(
     Columns: `module`, `stage`, `channels` (that vary at all), `within`, `between` (mean absolute
     correlation of two channels of the same branch, of different ones), `difference`, `z` (of the
     difference, in standard deviations of the permuted ones), `p` (share of permutations, itself
-    included, that reach it), `rand_index` (adjusted, of as many clusters as branches by average
-    linkage, against the branches: 1 is equal, 0 is chance), `values` (per channel).
+    included, that reach it), `rand_index` (adjusted, of as many clusters as branches by complete
+    linkage, against the branches: 1 is equal, 0 is chance), `largest_cluster` (its share of the
+    channels), `values` (per channel). A module with fewer than two channels that vary in two
+    branches or more has NaN.
 
     The pool branch repeats what its input has, whatever the weights: compare with a random network.
     The model runs in eval mode. Raises ValueError for a network that is not gnetlab's, and for no
@@ -64,16 +68,20 @@ def branch_correlation(
         branch = np.concatenate(
             [[i] * (s.stop - s.start) for i, s in enumerate(module.branch_slices.values())]
         )[varies]
-        rows.append(
-            {
-                "module": name,
-                "stage": name.removeprefix("inception"),
-                "channels": int(varies.sum()),
-                **_against_chance(np.abs(correlation), branch, permutations, random),
-                "rand_index": _rand_index(_clusters(correlation, len(set(branch))), branch),
-                "values": moments[name].count,
-            }
-        )
+        row = {
+            "module": name,
+            "stage": name.removeprefix("inception"),
+            "channels": int(varies.sum()),
+            **dict.fromkeys(_FOUND, np.nan),
+            "values": moments[name].count,
+        }
+        counts = np.bincount(branch)
+        if (counts > 0).sum() > 1 and counts.max() > 1:
+            row |= _against_chance(np.abs(correlation), branch, permutations, random)
+            clusters = _clusters(correlation, len(set(branch)))
+            row["rand_index"] = _rand_index(clusters, branch)
+            row["largest_cluster"] = np.bincount(clusters).max() / len(clusters)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -81,7 +89,9 @@ def _correlation(moments: Moments) -> tuple[np.ndarray, np.ndarray]:
     """Matrix over the channels that vary, and which those are."""
     covariance = moments.covariance().cpu().numpy()
     variance = np.diag(covariance)
-    varies = variance > 1e-12 * max(variance.max(), 1e-300)
+    # What float32 rounds a constant to does not vary.
+    squares = (moments.products.diagonal() / moments.count).cpu().numpy()
+    varies = variance > 1e-6 * squares
     deviation = np.sqrt(variance[varies])
     return (covariance[np.ix_(varies, varies)] / np.outer(deviation, deviation)), varies
 
@@ -116,12 +126,16 @@ def _against_chance(
 
 
 def _clusters(correlation: np.ndarray, count: int) -> np.ndarray:
+    """Of which cluster each channel is: any two of one are alike, which keeps the sizes balanced.
+
+    Average linkage would put nearly all channels into one.
+    """
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
 
     distance = np.clip(1 - np.abs(correlation), 0, None)
     np.fill_diagonal(distance, 0)
-    return fcluster(linkage(squareform(distance, checks=False), "average"), count, "maxclust")
+    return fcluster(linkage(squareform(distance, checks=False), "complete"), count, "maxclust")
 
 
 def _rand_index(clusters: np.ndarray, branch: np.ndarray) -> float:
