@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gnetlab as gl
+from gnetlab.measure import ablation
 from gnetlab.measure.ablation import branch_ablation
 
 
@@ -40,6 +41,19 @@ def silenced(model, batches, name, value):
         model.train()
 
 
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (0.02, 0.06), (0.0, 0.3), (0.2, 0.2)])
+def test_the_interval_holds_the_true_change_as_often_as_it_says(gained, lost):
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(1000):
+        drawn = torch.rand(48, generator=generator)
+        changes = (drawn < gained).double() - (drawn > 1 - lost).double()
+        row = ablation._row("inception3a.branch1x1", "zero", changes[:, None].expand(48, 2), 1.0)
+        held += row["low"] <= gained - lost <= row["high"]
+        assert 0.02 < row["high"] - row["low"] < 0.6
+    assert held / 1000 > 0.93
+
+
 @pytest.mark.parametrize("name", ["inception3a.branch1x1", "inception4c.branch5x5",
                                   "inception5b.branch_pool"])  # fmt: skip
 def test_zero_ablation_equals_a_branch_that_puts_out_zeros(name, model, batches, frame):
@@ -51,8 +65,12 @@ def test_zero_ablation_equals_a_branch_that_puts_out_zeros(name, model, batches,
     differences = right - (whole.argmax(1) == labels).double()
     assert row.accuracy == pytest.approx(right.mean().item())
     assert row.change == pytest.approx(differences.mean().item())
-    margin = 1.96 * differences.std(correction=0).item() / 12**0.5
-    assert (row.low, row.high) == pytest.approx((row.change - margin, row.change + margin))
+    padded = torch.cat([differences, torch.tensor([0.0, 1.0, 0.0, -1.0]).double() / 2])
+    weights = torch.tensor([1.0] * 12 + [0.5, 0.5, 0.5, 0.5]).double()
+    middle = (padded.sign() * weights).sum().item() / 14  # Agresti and Min: n + 2
+    square = (padded.sign() ** 2 * weights).sum().item() / 14
+    margin = 1.96 * ((square - middle**2) / 14) ** 0.5
+    assert (row.low, row.high) == pytest.approx((middle - margin, middle + margin))
     logits = (without - whole).gather(1, labels[:, None]).mean().item()
     assert row.logit_change == pytest.approx(logits, rel=1e-4)
     assert abs(logits) > 1e-3

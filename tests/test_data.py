@@ -616,6 +616,25 @@ def test_image_folder(folder, held_out):
     assert grey.tolist() == [0, 15, 30, 160, 175, 190]
 
 
+def test_a_part_of_the_test_set_has_as_many_images_of_each_class(folder):
+    """A folder's come class by class: the first of them would be of one class."""
+    (folder / "test" / "light" / "2.png").unlink()
+    labels = [labels.tolist() for _, labels in ImageFolder(folder).test_batches(2, count=4)]
+    assert labels == [[0, 1], [0, 1]]
+    (labels,) = (labels.tolist() for _, labels in ImageFolder(folder).test_batches(count=9))
+    assert labels == [0, 1, 0, 1, 0]
+    crops = PhotoCrops(test_size=200)
+    parts = list(crops.test_batches(20, count=48))
+    images, labels = (torch.cat(values) for values in zip(*parts, strict=True))
+    assert [len(part[1]) for part in parts] == [20, 20, 8]
+    assert labels.tolist() == 3 * list(range(16))
+    whole, known = next(crops.test_batches(200))
+    first = torch.tensor([(known == label).nonzero()[0, 0] for label in range(16)])
+    assert torch.equal(images[:16], whole[first])
+    turned = AugmentedCrops(size=32, quarters=True).test_batches(count=16)
+    assert next(turned)[1].tolist() == list(range(0, 64, 4))
+
+
 @pytest.mark.parametrize("missing", ["train", "test", "everything"])
 def test_image_folder_without_a_split(folder, missing):
     root = folder / "elsewhere" if missing == "everything" else folder

@@ -81,7 +81,8 @@ selectivity, verdicts, confound, effects, counts = (
 )
 EXCITING = pd.DataFrame({
     "module": ["inception3a.branch1x1"] * 3 + ["inception3a.branch5x5"] * 2,
-    "branch": ["1x1"] * 3 + ["5x5"] * 2, "channel": [7, 8, 9, 0, 31],
+    "branch": ["1x1"] * 3 + ["5x5"] * 2, "channel": [7, 8, 9, 0, 131],
+    "start": [0.125, 1.04, 0.0, 123.4, 0.72], "reached": [13.6, 0.72, 0.0, 1234.0, 0.67],
 })  # fmt: skip
 IMAGES = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 4, 4, 3), np.uint8)
 CASES = {
@@ -178,7 +179,8 @@ def test_visualized_figure_puts_every_image_under_its_number():
             colour = to_hex(ax.spines["top"].get_edgecolor())
             shown[title, number] = (ax.images[0].get_array()[0, 0, 0], colour)
     colours = [to_hex(style.BRANCH_COLORS[branch]) for branch in EXCITING.branch]
-    numbers = EXCITING.channel.astype(str)
+    numbers = pd.Series(["7: 0.125 → 13.6", "8: 1.04 → 0.72", "9: 0 → 0", "0: 123 → 1,234",
+                         "131: 0.72 → 0.67"])  # fmt: skip
     assert shown == dict(zip(zip(EXCITING.module, numbers, strict=True),
                              zip(range(5), colours, strict=True), strict=True))  # fmt: skip
 
@@ -188,6 +190,7 @@ def test_visualized_blocks_stand_side_by_side_where_they_fit(each, rows):
     modules = [f"inception3a.branch{b}" for b in BRANCHES for _ in range(each)]
     branches = [b for b in BRANCHES for _ in range(each)]
     frame = pd.DataFrame({"module": modules, "branch": branches, "channel": range(len(modules))})
+    frame = frame.assign(start=0.5, reached=7.25)
     figure = units.visualized_figure(np.zeros((len(frame), 4, 4, 3), np.uint8), frame)
     assert sum(len(part.axes) for part in figure.subfigs) == len(frame)
     FigureCanvasAgg(figure).draw()

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from gnetlab.draw import style
 from gnetlab.draw.figures import _figure, _outer_legend, _panels, _styled
-from gnetlab.draw.plots import _axes
+from gnetlab.draw.plots import _axes, _short
 
 LEVEL = 0.05  # of adjusted p, from which on a module is marked
 LABELS = {
@@ -223,10 +223,11 @@ def counts_figure(counts: pd.DataFrame) -> Figure:
 
 @_styled
 def visualized_figure(images: np.ndarray, frame: pd.DataFrame, *, columns: int = 8) -> Figure:
-    """Images that excite channels most: a block per branch, the channel's number above each.
+    """Images that excite channels most: a block per branch, above each the channel's number.
 
     `images` is count x size x size x 3 uint8; columns of the frame, in the same order: `module`,
-    `branch`, `channel`. Frames have the branch's colour.
+    `branch`, `channel`, and `start` and `reached` (excitations), which stand behind the number.
+    Frames have the branch's colour.
     """
     figure, full = _figure("page", 1), 8  # as many as have the usual size
     if style.is_narrow(figure):
@@ -246,7 +247,9 @@ def visualized_figure(images: np.ndarray, frame: pd.DataFrame, *, columns: int =
             ax.remove()
         for ax, row in zip(axes, rows, strict=False):
             ax.imshow(images[row], interpolation="nearest")
-            ax.set_title(f"{frame.channel.iloc[row]}", pad=2)
+            one = frame.iloc[row]
+            start, reached = (_short(value) for value in (one.start, one.reached))
+            ax.set_title(f"{one.channel}: {start} → {reached}", pad=2, fontsize=5.5)
             ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set(visible=True, color=colour)

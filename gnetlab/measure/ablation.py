@@ -36,7 +36,8 @@ def branch_ablation(
 
     Columns: `module` (dotted name of the branch), `stage`, `branch`, `kind`, `accuracy` (fraction),
     `change` (of accuracy, against the whole network on the same images), `low`, `high` (its 95%
-    interval, from the paired differences), `logit_change` (mean, of the true class), `images`.
+    interval for matched pairs, Agresti and Min 2005, doi 10.1002/sim.1781, as if the images were
+    drawn one by one), `logit_change` (mean, of the true class), `images`.
 
     The layers before a module run once for all of its branches. The model runs in eval mode.
     Raises ValueError for an unknown kind, another network, labels that are no class numbers, or an
@@ -86,7 +87,12 @@ def _row(name: str, kind: str, changes: Tensor, whole: float) -> dict[str, objec
     stage, branch = locate(name)
     count = len(changes)
     change = changes[:, 0].mean().item()
-    margin = Z * (changes[:, 0].std(correction=0).item() / count**0.5)
+    # Half an image more in each of the four cases (right or wrong, before and after): where no
+    # answer changes, the differences alone would pretend to certainty.
+    gained, lost = (0.5 + (changes[:, 0] == sign).sum().item() for sign in (1, -1))
+    total = count + 2
+    middle = (gained - lost) / total
+    margin = Z * (gained + lost - total * middle**2) ** 0.5 / total
     return {
         "module": name,
         "stage": stage,
@@ -94,8 +100,8 @@ def _row(name: str, kind: str, changes: Tensor, whole: float) -> dict[str, objec
         "kind": kind,
         "accuracy": whole + change,
         "change": change,
-        "low": change - margin,
-        "high": change + margin,
+        "low": max(-1.0, middle - margin),
+        "high": min(1.0, middle + margin),
         "logit_change": changes[:, 1].mean().item(),
         "images": count,
     }

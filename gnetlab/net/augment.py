@@ -57,9 +57,11 @@ class AugmentedCrops(PhotoCrops):
         labels = 4 * labels + quarter if self.quarters else labels
         return recolour(images, generator), labels.to(self.device)
 
-    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(
+        self, batch_size: int = 256, count: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The fixed test set of `PhotoCrops`: neither turned nor recoloured."""
-        for images, labels in super().test_batches(batch_size):
+        for images, labels in super().test_batches(batch_size, count):
             yield images, 4 * labels if self.quarters else labels
 
     def _grid(self, labels: Tensor, quarter: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,8 +9,8 @@
 `FashionMNIST`, `ImageFolder`
 
 Every data set has `classes`, `in_channels`, `size`, `train_batch(step, batch_size, seed)` and
-`test_batches(batch_size)`. A training batch depends on nothing but these three arguments, so that
-an interrupted training goes on exactly where it stopped. Images are float32, normalized with
+`test_batches(batch_size, count)`. A training batch depends on nothing but its three arguments, so
+that an interrupted training goes on exactly where it stopped. Images are float32, normalized with
 ImageNet's mean and deviation (grey ones with the data set's own).
 """
 
@@ -227,9 +227,13 @@ class PhotoCrops:
         check_batch(batch_size)
         return self._cut(*self._draw("train", batch_size, seed * 1_000_003 + step))
 
-    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """The fixed test set of `test_size` crops, in batches."""
+    def test_batches(
+        self, batch_size: int = 256, count: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The fixed test set of `test_size` crops, or only `count`, as many of each photograph."""
         whole = self._draw("test", self.test_size, 10**9 + 7)
+        if count is not None:
+            whole = [drawn[_in_turn(whole[0])[:count]] for drawn in whole]
         for part in zip(*(drawn.split(batch_size) for drawn in whole), strict=True):
             yield self._cut(*part)
 
@@ -351,10 +355,25 @@ class _Indexed(ABC):
         order = _shuffled(count, seed * 1_000_003 + epoch)
         return self._fetch("train", order[position * batch_size : (position + 1) * batch_size])
 
-    def test_batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole test set, in order."""
-        for indices in torch.arange(self._count("test")).split(batch_size):
+    def test_batches(
+        self, batch_size: int = 256, count: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole test set, in order, or only `count` images, as many of each class."""
+        if count is None:
+            chosen = torch.arange(self._count("test"))
+        elif hasattr(self, "_labels"):
+            chosen = _in_turn(self._labels["test"].cpu())[:count]
+        else:
+            chosen = _in_turn(torch.tensor([label for _, label in self._samples["test"]]))[:count]
+        for indices in chosen.split(batch_size):
             yield self._fetch("test", indices)
+
+
+def _in_turn(labels: Tensor) -> Tensor:
+    """Indices of all labels, such that no class comes again before every other has."""
+    order = labels.argsort(stable=True)
+    first = torch.searchsorted(labels[order], labels[order])
+    return order[(torch.arange(len(order)) - first).argsort(stable=True)]
 
 
 def check_batch(batch_size: int, count: int | None = None) -> None:
