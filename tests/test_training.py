@@ -875,9 +875,8 @@ def test_escape_summary_by_hand():
     assert frame.escaped.tolist() == [3, 1, 0]
     assert frame.mean_steps.tolist() == [(20 + 40 + 100 + 60) / 4, 30, 70]
     assert frame.test_accuracy.tolist() == pytest.approx([0.15, 0.0, 0.05])
-    assert (frame.low <= frame.mean_steps).all()
-    assert (frame.high >= frame.mean_steps).all()
-    assert frame.low.tolist()[1:] == frame.high.tolist()[1:] == [30, 70]
+    assert frame.low[0] <= frame.mean_steps[0] <= frame.high[0]
+    assert frame[["low", "high"]].isna().all(axis=1).tolist() == [False, True, True]
     assert 20 < frame.low[0] < 55 < frame.high[0] < 100
 
 
@@ -891,6 +890,15 @@ def test_the_interval_is_the_percentile_bootstrap():
     pd.testing.assert_frame_equal(again, frame, check_exact=True)
     other = escape_summary(escapes(values, length=1000, norm="none"), "norm", seed=1)
     assert other.low[0] != frame.low[0]
+
+
+def test_of_three_runs_the_interval_is_their_range_and_of_none_that_escaped_there_is_none():
+    three = escapes([20, 40, 90], length=100, norm="none")
+    never = escapes([None] * 3, length=100, norm="batch")
+    frame = escape_summary(pd.concat([three, never]), "norm")
+    assert (frame.low[0], frame.high[0]) == (20, 90)
+    assert frame.escaped.tolist() == [3, 0]
+    assert frame[["low", "high"]].iloc[1].isna().all()
 
 
 def test_escape_summary_keeps_runs_whose_field_is_none():

@@ -474,7 +474,7 @@ def training_figure(metrics: pd.DataFrame, classes: int) -> Figure:
 
 @_styled
 def escape_figure(summary: pd.DataFrame) -> Figure:
-    """Steps to leave the plateau: mean and 95% interval; open where some runs never left it.
+    """Steps to leave the plateau: mean and interval; open where some runs never left it.
 
     Columns: those of `plot_escape`.
     """

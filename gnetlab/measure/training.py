@@ -516,20 +516,23 @@ def escape_summary(
     planned, so that a mean which reaches it means "none left", and every other one is a lower bound
     where some did not.
 
-    Columns: `by`, `seeds` (runs), `escaped` (of them), `mean_steps`, `low`, `high` (95% interval of
-    the mean by the percentile bootstrap over runs; with three runs a rough one), `steps` (planned,
-    at most), `test_accuracy` (mean).
+    Columns: `by`, `seeds` (runs), `escaped` (of them), `mean_steps`, `low`, `high` (interval of the
+    mean by the percentile bootstrap over runs, nominally of 95%; NaN for fewer than three runs and
+    where none escaped), `steps` (planned, at most), `test_accuracy` (mean). Of three runs the
+    interval is their range, which holds the true mean about three times in four.
     """
     by, random = [by] if isinstance(by, str) else list(by), np.random.default_rng(seed)
     rows = []
     for key, runs in escapes.groupby(by, sort=False, dropna=False):
         values = runs.escape_step.fillna(runs.steps).to_numpy(float)
-        means = random.choice(values, (resamples, len(values))).mean(1)
-        low, high = np.quantile(means, [0.025, 0.975])
+        escaped, low, high = int(runs.escape_step.notna().sum()), np.nan, np.nan
+        if escaped and len(runs) >= 3:
+            means = random.choice(values, (resamples, len(values))).mean(1)
+            low, high = np.quantile(means, [0.025, 0.975])
         rows.append(
             {
                 **dict(zip(by, key, strict=True)), "seeds": len(runs),
-                "escaped": int(runs.escape_step.notna().sum()), "mean_steps": values.mean(),
+                "escaped": escaped, "mean_steps": values.mean(),
                 "low": low, "high": high, "steps": int(runs.steps.max()),
                 "test_accuracy": runs.test_accuracy.mean(),
             }
