@@ -15,6 +15,7 @@ from gnetlab.measure import sparsity
 from gnetlab.measure.sparsity import (
     as_one_convolution,
     break_even,
+    csr_ratios,
     output_difference,
     sparse_speed,
     structure,
@@ -268,8 +269,16 @@ def test_two_to_four_on_sparse_tensor_cores():
     ],
 )
 def test_break_even_is_where_csr_stays_faster(ratios, expected):
-    rows = [("CSR (im2col)", "4a", 8, "random", s, ratio) for s, ratio in ratios.items()]
+    rows = [("CSR (im2col)", "4a", 8, "random", s, 2 * ratio) for s, ratio in ratios.items()]
     rows += [("CSR (im2col)", "4a", 8, "structural", 0.01, 0.1)]
     rows += [("CSR (matmul only)", "4a", 8, "random", 0.02, 0.1)]
-    columns = ["form", "stage", "batch_size", "zeros", "sparsity", "ratio"]
-    assert break_even(pd.DataFrame(rows, columns=columns)) == {("4a", 8): expected}
+    rows += [
+        (form, "4a", 8, "none", 0.0, s) for form, s in (("dense 5x5", 9), ("dense (im2col)", 2))
+    ]
+    columns = ["form", "stage", "batch_size", "zeros", "sparsity", "seconds"]
+    frame = pd.DataFrame(rows, columns=columns).assign(dtype="float32")
+    half = frame[frame.zeros == "none"].assign(dtype="float16", seconds=0.1)  # another arithmetic
+    frame = pd.concat([frame, half])
+    assert break_even(frame) == {("4a", 8): expected}
+    found = csr_ratios(frame)
+    assert dict(zip(found.sparsity, found.ratio, strict=True)) == pytest.approx(ratios)

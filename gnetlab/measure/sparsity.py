@@ -4,7 +4,8 @@
 `output_difference()`   how far its output is from the branches', measured
 `structure()`           where the weights of the one convolution are zero, branch by branch
 `sparse_speed()`        the same layer as dense convolution, as branches, as CSR matrix, as 2:4
-`break_even()`          the share of zeros from which on CSR is faster than the dense convolution
+`csr_ratios()`          time of CSR with random zeros over the faster of the dense forms
+`break_even()`          the share of zeros from which on CSR is faster than either
 
 These are naive modules (Figure 2(a) of the paper): a 1x1 reduction has a ReLU behind it, so that a
 reduced branch is no convolution. Nor is a max pool; its branch is left out everywhere here.
@@ -361,20 +362,37 @@ def _seconds(call: Callable[[], Tensor], count: int, device: torch.device) -> fl
     return (time.perf_counter() - start) / count
 
 
+def csr_ratios(speed: pd.DataFrame) -> pd.DataFrame:
+    """Time of CSR with random zeros, im2col included, over the faster of the two dense forms.
+
+    Which of these that is, the library's convolution or im2col and a product, differs between
+    layers and devices. `speed` as from `sparse_speed`. Columns: `stage`, `batch_size`, `sparsity`,
+    `ratio`.
+    """
+    csr = speed[(speed.form == "CSR (im2col)") & (speed.zeros == "random")]
+    dense = speed[(speed.zeros == "none") & speed.dtype.isin(csr.dtype)]
+    fastest = dense.groupby(["stage", "batch_size"]).seconds.min()
+    ratio = csr.seconds.to_numpy() / fastest[list(zip(csr.stage, csr.batch_size, strict=True))]
+    frame = csr[["stage", "batch_size", "sparsity"]].reset_index(drop=True)
+    return frame.assign(ratio=ratio.to_numpy())
+
+
 def break_even(speed: pd.DataFrame) -> dict[tuple[str, int], float | None]:
-    """From which measured share of random zeros on CSR, im2col included, beats dense convolution.
+    """From which measured share of random zeros on CSR, im2col included, beats both dense forms.
 
     (stage, batch size) -> that share; None where even the highest is slower. `speed` as from
     `sparse_speed`.
 
     >>> import pandas as pd
     >>> from gnetlab.measure.sparsity import break_even
-    >>> csr = {"form": "CSR (im2col)", "zeros": "random", "stage": "3a", "batch_size": 1}
-    >>> slower, faster = {"sparsity": 0.9, "ratio": 1.6}, {"sparsity": 0.99, "ratio": 0.4}
-    >>> break_even(pd.DataFrame([csr | slower, csr | faster]))
+    >>> layer = {"stage": "3a", "batch_size": 1, "dtype": "float32"}
+    >>> csr = layer | {"form": "CSR (im2col)", "zeros": "random"}
+    >>> dense = layer | {"form": "dense 5x5", "zeros": "none", "sparsity": 0.0, "seconds": 5e-3}
+    >>> slower, faster = {"sparsity": 0.9, "seconds": 8e-3}, {"sparsity": 0.99, "seconds": 2e-3}
+    >>> break_even(pd.DataFrame([dense, csr | slower, csr | faster]))
     {('3a', 1): 0.99}
     """
-    csr = speed[(speed.form == "CSR (im2col)") & (speed.zeros == "random")]
+    csr = csr_ratios(speed)
     found: dict[tuple[str, int], float | None] = {}
     for case, rows in csr.groupby(["stage", "batch_size"], sort=False):
         slower = rows.sparsity[rows.ratio >= 1].max()  # NaN where it is always faster

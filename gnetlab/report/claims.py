@@ -174,7 +174,7 @@ def _sparse_slow(m: Mapping[str, Any]) -> Judgement:
     at_90, at_99 = m["ratios_90"], m["ratios_99"]
     faster_90 = [case for case, ratio in at_90.items() if ratio < 1]
     faster_99 = [case for case, ratio in at_99.items() if ratio < 1]
-    facts = "time of CSR over the dense convolution at 90% and 99% zeros: " + "; ".join(
+    facts = "time of CSR over the faster dense form's at 90% and 99% zeros: " + "; ".join(
         f"({case}) {at_90[case]:.3g}x and {ratio:.3g}x" for case, ratio in at_99.items()
     )
     if len(faster_90) == len(at_90):
@@ -349,10 +349,11 @@ CLAIMS: dict[str, Claim] = {
             "04_sparse_vs_dense",
             "Does it pay to compute only what is not zero?",
             "at 99% random zeros (100x fewer operations) CSR, im2col included, is not faster than "
-            "the dense convolution in any stage measured; not supported if it is faster at 90% in "
-            "every stage; depends in between",
+            "the faster of two dense forms (the library's convolution, im2col and a product) in "
+            "any stage measured; not supported if it is faster at 90% in every stage; depends in "
+            "between",
             {
-                "ratios_90": "stage -> time of CSR with im2col over the dense one, 90% zeros",
+                "ratios_90": "stage -> time of CSR over the faster dense form's, 90% zeros",
                 "ratios_99": "the same time at 99% zeros",
             },
             _sparse_slow,
