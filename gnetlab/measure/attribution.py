@@ -70,7 +70,7 @@ def branch_attribution(
 
     Raises ValueError for unknown names (with the nearest), methods and classes, for a network
     without branches where no names are given, and RuntimeError for a module that does not run in
-    eval mode.
+    eval mode, or whose output an in-place layer overwrites.
 
     >>> import torch, gnetlab as gl
     >>> model = gl.googlenet("cifar", width=0.125, seed=0)
@@ -145,10 +145,10 @@ def _passed(
     model: nn.Module, images: Tensor, labels: Tensor, names: list[str]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The labels' logits (N); and of every name its output and the logit's gradient by it."""
-    outputs: dict[str, Tensor] = {}
+    outputs: dict[str, tuple[Tensor, int]] = {}
 
     def keep(name: str, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        outputs[name] = output
+        outputs[name] = output, output._version
 
     inside = torch.inference_mode(False)
     with inside, torch.enable_grad(), observe(model, names, keep):
@@ -159,7 +159,14 @@ def _passed(
                 f"{silent[0]!r} did not run: auxiliary heads run only in training mode; give "
                 "branches, as branch_names(model) lists them"
             )
-        kept = [outputs[name] for name in names]
+        for name, (output, version) in outputs.items():
+            if output._version != version:
+                raise RuntimeError(
+                    f"the output of {name!r} is overwritten in place by what follows it (an "
+                    "in-place ReLU?), so that what would be explained is that layer's output; name "
+                    "that layer instead, or use a network without in-place layers"
+                )
+        kept = [outputs[name][0] for name in names]
         gradients = torch.autograd.grad(logits.sum(), kept)
     pairs = [(output.detach(), g) for output, g in zip(kept, gradients, strict=True)]
     return logits.detach(), pairs
@@ -201,13 +208,13 @@ def image_attribution(
     steps: int = 32,
     window: int = 32,
 ) -> np.ndarray:
-    """Attribution of a class's logit to the image's pixels, by Captum: N x H x W, colours summed.
+    """Attribution of a class's logit to the image's pixels, by Captum: N x H x W.
 
     images    N x C x H x W; targets: class per image (None: the predicted one)
     method    "integrated_gradients" (Sundararajan et al. 2017, arXiv 1703.01365), `steps` along
-              the path from a grey image of zeros; "occlusion" (Zeiler and Fergus 2014, arXiv
-              1311.2901): what the logit loses behind a grey square of `window` pixels that moves by
-              half of its side
+              the path from a grey image of zeros, colours summed; "occlusion" (Zeiler and Fergus
+              2014, arXiv 1311.2901): what the logit loses behind a grey square of `window` pixels
+              that moves by half of its side, the mean over the squares that hide a pixel
 
     The model is put into eval mode for the call. Raises ValueError for an unknown method or class,
     no steps, or a window that does not fit into the image.
@@ -228,14 +235,15 @@ def image_attribution(
         if method == "integrated_gradients":
             found = IntegratedGradients(model).attribute(
                 images, target=labels, n_steps=steps, internal_batch_size=8
-            )
+            ).sum(1)
         else:
             shape, stride = (images.shape[1], window, window), max(1, window // 2)
+            # A window hides all colours, and Captum gives each of them the whole loss.
             found = Occlusion(model).attribute(
                 images, target=labels, sliding_window_shapes=shape, perturbations_per_eval=8,
                 strides=(images.shape[1], stride, stride),
-            )  # fmt: skip
-    return found.detach().sum(1).float().cpu().numpy()
+            )[:, 0]  # fmt: skip
+    return found.detach().float().cpu().numpy()
 
 
 def attribution_shares(maps: Mapping[str, np.ndarray]) -> pd.DataFrame:
