@@ -370,6 +370,7 @@ def test_statistics_under_channels_last_and_autocast(batches, statistics):
         np.testing.assert_allclose(half[column], statistics[column], rtol=0.1, atol=0.05 * scale)
 
 
-def test_no_batches():
+@pytest.mark.parametrize("nothing", [[], torch.empty(0, 3, 32, 32), [torch.empty(0, 3, 32, 32)]])
+def test_no_images(nothing):
     with pytest.raises(ValueError, match="no images were given; give a batch"):
-        branch_statistics(small(), [])
+        branch_statistics(small(), nothing)

@@ -247,7 +247,7 @@ def test_an_output_that_is_overwritten_in_place_is_an_error(method):
     nn = torch.nn
     layers = nn.Conv2d(3, 5, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model, images = nn.Sequential(*layers), torch.randn(2, 3, 4, 4)
-    with pytest.raises(RuntimeError, match="'0' is overwritten in place .* name that layer"):
+    with pytest.raises(RuntimeError, match=r"'0' is overwritten in place .* name that layer"):
         branch_attribution(model, images, 1, names="0", method=method)
     assert list(branch_attribution(model, images, 1, names="1", method=method)) == ["1"]
 

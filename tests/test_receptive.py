@@ -90,6 +90,16 @@ def test_the_whole_gradient_is_held_by_the_theoretical_field():
     assert first["size"].tolist() == first.theoretical.tolist() == [27, 43, 59, 43]
 
 
+def test_a_dead_branch_has_no_effective_field():
+    model = positive()
+    nn.init.constant_(model.inception3a.branch1x1.conv.bias, -1e9)
+    images = torch.ones(1, 3, 64, 64, dtype=torch.float64)
+    frame, energies = effective_receptive_fields(model, images)
+    dead = frame.module == "inception3a.branch1x1"
+    assert frame["size"].isna().tolist() == frame.ratio.isna().tolist() == dead.tolist()
+    assert not energies["inception3a.branch1x1"].any()
+
+
 def test_other_networks_are_refused():
     with pytest.raises(ValueError, match="Sequential is not gnetlab's"):
         receptive_fields(nn.Sequential(nn.Conv2d(3, 3, 1)))

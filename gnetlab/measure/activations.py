@@ -82,7 +82,7 @@ def branch_statistics(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> p
 
     The model runs in eval mode and without gradients; its mode is restored. Memory does not grow
     with the number of batches. Raises ValueError for a network that is not gnetlab's, and for no
-    batches.
+    images.
 
     >>> import gnetlab as gl
     >>> from gnetlab.net.data import load
@@ -131,7 +131,8 @@ def streamed(
 
     with in_mode(model, training=False), torch.no_grad():
         for batch in [batches] if isinstance(batches, Tensor) else batches:
-            in_parts(lambda part, batch=batch: go_on(batch[part]), len(batch))
+            if len(batch):
+                in_parts(lambda part, batch=batch: go_on(batch[part]), len(batch))
     if not states:
         raise ValueError("no images were given; give a batch, N x C x H x W, or several")
     return states

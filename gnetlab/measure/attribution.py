@@ -235,7 +235,8 @@ def image_attribution(
         if method == "integrated_gradients":
             found = IntegratedGradients(model).attribute(
                 images, target=labels, n_steps=steps, internal_batch_size=8
-            ).sum(1)
+            )
+            found = found.sum(1)
         else:
             shape, stride = (images.shape[1], window, window), max(1, window // 2)
             # A window hides all colours, and Captum gives each of them the whole loss.

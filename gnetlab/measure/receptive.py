@@ -81,8 +81,9 @@ def effective_receptive_fields(
     share   of the squared gradient that the square of `size` holds
 
     Returns a frame, `module`, `stage`, `branch`, `theoretical`, `size` (side in pixels of the
-    square around the field's middle), `ratio` (the second over the first); and per branch the
-    squared gradient over the image, H x W, which sums to 1. The model runs in eval mode.
+    square around the field's middle), `ratio` (the second over the first), both NaN for a branch
+    whose unit no pixel moves; and per branch the squared gradient over the image, H x W, which sums
+    to 1 (zeros for such a branch). The model runs in eval mode.
     """
     fields = receptive_fields(model)
     images = images.detach().clone().requires_grad_(True)
@@ -110,7 +111,9 @@ def effective_receptive_fields(
 
 
 def _side_holding(energy: np.ndarray, middle: list[float], share: float) -> float:
-    """Side of the square around `middle` that holds `share` of the energy, in pixels."""
+    """Side of the square around `middle` that holds `share` of the energy, in pixels; NaN of 0."""
+    if not energy.any():
+        return float("nan")
     rows, columns = (np.abs(np.arange(n) - m) for n, m in zip(energy.shape, middle, strict=True))
     distance = np.maximum(rows[:, None], columns[None, :]).ravel()
     order = np.argsort(distance)
