@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torchvision
 from networks import build, costs_of
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -150,3 +151,18 @@ def test_fvcores_count_per_module_is_explained():
     assert (frame.fvcore > frame.macs).sum() == 13  # three convolutions, nine modules, last pool
     assert frame.macs.sum() == layer_costs(model, (3, 64, 64)).macs.sum()
     assert model.training
+
+
+def test_functions_of_the_models_own_forward_have_their_own_count():
+    # mobilenet_v2 pools between its children; fvcore has the whole network under the same name.
+    frame = beside_fvcore(torchvision.models.mobilenet_v2(), (3, 64, 64)).set_index("module")
+    assert frame.fvcore["MobileNetV2"] == frame.adaptive_pool["MobileNetV2"] == 1280 * 2 * 2
+    assert (frame.unexplained == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_counted(dtype):
+    model = gl.googlenet("torchvision", width=0.1).to(dtype)
+    counts = second_opinions({"": model}, (3, 64, 64)).iloc[0]
+    assert counts.gnetlab == counts.fvcore == counts.torch
+    assert (beside_fvcore(model, (3, 64, 64)).unexplained == 0).all()

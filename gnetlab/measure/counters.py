@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gnetlab.measure.costs import layer_costs
 from gnetlab.measure.hooks import in_mode
@@ -130,13 +130,18 @@ def explain(costs: pd.DataFrame, tool: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["tool", "term", "operations"])
 
 
+def _image(model: nn.Module, input_size: tuple[int, ...]) -> Tensor:
+    """One image of zeros on the model's device, in its precision."""
+    first = next(model.parameters())
+    return torch.zeros(1, *input_size, device=first.device, dtype=first.dtype)
+
+
 def _fvcore(model: nn.Module, input_size: tuple[int, ...]):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore uses what torch calls deprecated
         from fvcore.nn import FlopCountAnalysis
 
-    image = torch.zeros(1, *input_size, device=next(model.parameters()).device)
-    analysis = FlopCountAnalysis(model, image).unsupported_ops_warnings(False)
+    analysis = FlopCountAnalysis(model, _image(model, input_size)).unsupported_ops_warnings(False)
     return analysis.uncalled_modules_warnings(False)
 
 
@@ -145,11 +150,13 @@ def beside_fvcore(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224))
 
     Columns: `module`, `macs`, `fvcore` (its "flop"), `batch_norm`, `adaptive_pool` (fvcore's terms
     for these, by our count), `unexplained` (what then remains). fvcore really runs the network, in
-    eval mode, on the model's device.
+    eval mode, on the model's device and in its precision. Functions that the model itself calls
+    have one row, under its class name.
     """
     with in_mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = _fvcore(model, input_size).by_module()
+    theirs[""] -= sum(theirs[child] for child, _ in model.named_children())  # fvcore has the total
     costs = layer_costs(model, input_size)
     top = costs.module.str.partition(".")[0]
     rows = []
@@ -177,18 +184,17 @@ def second_opinions(
     """MACs of convolutions and linear layers by three counters, one row per model.
 
     Columns: `model`, `gnetlab`, `fvcore` (its "flop" is a MAC), `torch` (FlopCounterMode, halved).
-    The other two really run the network, in eval mode, on the model's device.
+    The other two really run the network, in eval mode, on the model's device and in its precision.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     rows = []
     for name, model in models.items():
-        image = torch.zeros(1, *input_size, device=next(model.parameters()).device)
         with in_mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fvcore = _fvcore(model, input_size).by_operator()
             with FlopCounterMode(display=False) as counter:
-                model(image)
+                model(_image(model, input_size))
         rows.append(
             {
                 "model": name,
