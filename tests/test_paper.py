@@ -56,9 +56,11 @@ def test_table_1_is_exact(table):
     exact = dict(zip(table.index, zip(table.parameters, table.macs, strict=True), strict=True))
     assert exact == EXACT_TABLE
     assert list(table.columns) == [
-        "parameters", "printed_params", "macs", "printed_ops", "params_agree", "ops_agree",
-        "verdict", "contradictory",
+        "parameters", "printed_params", "computed_params", "macs", "printed_ops", "computed_ops",
+        "params_agree", "ops_agree", "verdict", "contradictory",
     ]  # fmt: skip
+    assert table.computed_params.equals(table.parameters / 1024)
+    assert table.computed_ops.equals(table.macs / 1e6)
 
 
 def test_operations_that_agree_with_table_1(table):
@@ -94,6 +96,18 @@ def test_table_1_leaves_normalization_out(table):
     normalized = table_1(model).set_index("stage")
     assert normalized.parameters.equals(table.parameters)
     assert normalized.macs.equals(table.macs)
+
+
+def test_table_1_of_torchvisions_network_is_that_of_the_same_one_here():
+    assert table_1(build("googlenet")).equals(table_1(build("torchvision")))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("cifar", "no conv2;"), ("vgg11", "VGG asked, which has no conv1, conv2,")]
+)
+def test_table_1_needs_its_rows(name, rows):
+    with pytest.raises(ValueError, match=rows):
+        table_1(build(name))
 
 
 def test_reductions_change_what_the_formulas_say():

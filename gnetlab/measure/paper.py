@@ -30,12 +30,15 @@ def depth(costs: pd.DataFrame) -> int:
 def table_1(model: nn.Module | None = None) -> pd.DataFrame:
     """Table 1, printed and computed, one row per row with parameters.
 
-    `model` computes it (None: the paper preset without heads). Columns: `stage`, `parameters`
-    (weights without biases, count), `printed_params` (in units of 1024), `macs` (count),
-    `printed_ops` (in millions), `params_agree`, `ops_agree` (within half a unit of the last digit
-    printed; a twentieth more is allowed, since the paper rounds 159.50 down), `verdict` (both,
-    params, ops, neither), `contradictory`: whether no number of weights could meet both printed
-    numbers, since operations are weights times positions.
+    `model` computes it: gnetlab's GoogLeNet with a stem of two convolutions, or torchvision's
+    (None: the paper preset without heads). Columns: `stage`, `parameters` (weights without biases,
+    count), `printed_params` and `computed_params` (in units of 1024), `macs` (count), `printed_ops`
+    and `computed_ops` (in millions), `params_agree`, `ops_agree` (within half a unit of the last
+    digit printed; a twentieth more is allowed, since the paper rounds 159.50 down), `verdict`
+    (both, params, ops, neither), `contradictory`: whether no number of weights could meet both
+    printed numbers, since operations are weights times positions.
+
+    Raises ValueError for a network that lacks some of the table's rows.
     """
     model = model or build(architecture("paper", heads=()))
     costs = layer_costs(model)
@@ -45,25 +48,36 @@ def table_1(model: nn.Module | None = None) -> pd.DataFrame:
         if parameter.dim() > 1
     }
     stage = costs.stage.mask(costs.module.str.startswith("conv1."), "conv1")
-    stage = stage.mask(costs.module.str.startswith("conv2"), "conv2")
+    # The reduction and the 3x3 behind it, which torchvision calls conv2 and conv3.
+    stage = stage.mask(costs.module.str.startswith(("conv2", "conv3")), "conv2")
     costs = costs.assign(
         stage=stage.replace("head", "linear"), weights=costs.module.map(weights).fillna(0)
     )
     sums = costs.groupby("stage")[["weights", "macs"]].sum()
-    rows = [
-        {
-            "stage": row.stage,
-            "parameters": int(sums.weights[row.stage]),
-            "printed_params": row.printed_params,
-            "macs": int(sums.macs[row.stage]),
-            "printed_ops": row.printed_ops,
-        }
-        for row in TABLE_1
-    ]
+    missing = [row.stage for row in TABLE_1 if row.stage not in sums.index]
+    if missing:
+        raise ValueError(
+            f"Table 1 of {type(model).__name__} asked, which has no {', '.join(missing)}; give a "
+            "GoogLeNet with the paper's stem, such as gnetlab.googlenet('paper')"
+        )
+    rows = []
+    for row in TABLE_1:
+        parameters, macs = int(sums.weights[row.stage]), int(sums.macs[row.stage])
+        rows.append(
+            {
+                "stage": row.stage,
+                "parameters": parameters,
+                "printed_params": row.printed_params,
+                "computed_params": parameters / 1024,
+                "macs": macs,
+                "printed_ops": row.printed_ops,
+                "computed_ops": macs / 1e6,
+            }
+        )
     frame = pd.DataFrame(rows)
     allowed = 0.55 * frame.printed_params.map(lambda printed: 0.1 if printed % 1 else 1.0)
-    params_agree = (frame.parameters / 1024 - frame.printed_params).abs() <= allowed
-    ops_agree = (frame.macs / 1e6 - frame.printed_ops).abs() <= 0.55
+    params_agree = (frame.computed_params - frame.printed_params).abs() <= allowed
+    ops_agree = (frame.computed_ops - frame.printed_ops).abs() <= 0.55
     # What each printed number says about the weights: the two ranges must meet.
     per_weight = 1e6 / (frame.macs / frame.parameters)
     apart = (frame.printed_ops * per_weight - frame.printed_params * 1024).abs()
