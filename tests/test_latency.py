@@ -15,6 +15,7 @@ from torch.utils.benchmark import Timer
 import gnetlab as gl
 from gnetlab.measure.devices import device_name
 from gnetlab.measure.latency import measure_latency
+from gnetlab.measure.layers import layer_times, variant_times
 from gnetlab.net.model import GoogLeNetOutput
 
 COLUMNS = [
@@ -362,3 +363,28 @@ def test_peak_memory_on_cuda(step):
     assert large > small >= 64 * 62 * 62 * 4  # at least the output
     assert next(model.parameters()).device.type == "cpu"
     assert torch.cuda.get_device_name() == device_name("cuda")
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+def test_variants_leave_the_models_format_to_it(given):
+    model = gl.googlenet("cifar", width=0.1).eval().to(memory_format=given)
+    before = [p.stride() for p in model.parameters()]
+    variant_times(model, torch.randn(1, 3, 16, 16), rounds=1)
+    assert [p.stride() for p in model.parameters()] == before
+
+
+class Attends(nn.Module):
+    """Attention of an image's pixels to each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1)
+
+    def forward(self, x):
+        pixels = x.flatten(2).mT
+        return self.attention(pixels, pixels, pixels)[0]
+
+
+def test_layer_times_of_attention_say_that_it_cannot_be_timed():
+    with pytest.raises(RuntimeError, match=r"one by one \(attention"):
+        layer_times(Attends().eval(), torch.randn(1, 3, 4, 4), rounds=1)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -105,7 +106,8 @@ def layer_times(
                         if pair[0] != pair[1]), (len(watch.names), len(rows)))  # fmt: skip
         raise RuntimeError(
             f"what ran is not what was counted: {strange[0]} against {strange[1]}; layer times "
-            "need a model that takes the same way for every image"
+            "need a model that takes the same way for every image, in functions that can be timed "
+            "one by one (attention, and functions that return several tensors, cannot)"
         )
     return costs.assign(seconds=np.median(np.array(runs[2:]), axis=0))
 
@@ -114,17 +116,13 @@ def variant_times(model: nn.Module, images: Tensor, *, rounds: int = 7) -> pd.Da
     """`layer_times` of a GoogLeNet three ways, on the device of `images`, where it must be.
 
     Adds `variant`: "as it is", "channels last" (weights and images in that memory format), "fused"
-    (`gnetlab.fuse`, which uses it too). The model is in its own format again afterwards.
+    (`gnetlab.fuse`, which uses it too). The model stays as it is: the others are copies.
     """
     last = images.contiguous(memory_format=torch.channels_last)
     frames = {"as it is": layer_times(model, images, rounds=rounds)}
-    fused = fuse(model)
-    try:
-        model.to(memory_format=torch.channels_last)
-        frames["channels last"] = layer_times(model, last, rounds=rounds)
-    finally:
-        model.to(memory_format=torch.contiguous_format)
-    frames["fused"] = layer_times(fused, last, rounds=rounds)
+    fast = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    frames["channels last"] = layer_times(fast, last, rounds=rounds)
+    frames["fused"] = layer_times(fuse(model), last, rounds=rounds)
     return pd.concat([f.assign(variant=v) for v, f in frames.items()], ignore_index=True)
 
 
