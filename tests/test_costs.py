@@ -272,6 +272,36 @@ def test_the_model_is_as_before(training, engine):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """Runs its own forward, which counts batches in a buffer."""
+
+
+class Replaces(nn.Module):
+    """Gives its buffer a new value instead of changing it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return torch.relu(x)
+
+
+@pytest.mark.parametrize("engine", ["shapes", "meta"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_buffers_that_a_forward_pass_moves_are_put_back(engine, inference):
+    norm = nn.utils.parametrizations.spectral_norm
+    with torch.inference_mode(inference):
+        model = nn.Sequential(norm(nn.Conv2d(3, 4, 1)), OwnNorm(4), Replaces())
+        buffers = dict(model.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        layer_costs(model, (3, 4, 4), training=True, engine=engine)
+        for name, buffer in model.named_buffers():
+            assert buffer is buffers[name]
+            assert torch.equal(buffer, before[name])
+
+
 def test_mode_and_hooks_are_restored_after_an_error():
     model = gl.googlenet(width=0.1)
     model.conv1.eval()

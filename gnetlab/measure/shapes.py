@@ -444,6 +444,30 @@ def intercept(
                 module.__dict__[taken] = compiled
 
 
+@contextlib.contextmanager
+def _as_before(modules: Collection[nn.Module]) -> Iterator[None]:
+    """Put back what their forward changes in their buffers; with a shortcut it does not run."""
+    kept = [
+        (module._buffers, name, buffer, _version(buffer), buffer.clone())
+        for module in modules if type(module) not in _SHORTCUTS
+        for name, buffer in module._buffers.items() if buffer is not None
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, version, saved in kept:
+            buffers[name] = buffer
+            if _version(buffer) != version:  # where it was not written to, autograd may need it
+                buffer.copy_(saved)
+
+
+def _version(tensor: Tensor) -> int | float:
+    """How often it was written to; NaN, not even equal to itself, where PyTorch does not count."""
+    if tensor.is_inference():
+        return math.nan if torch.is_inference_mode_enabled() else 0  # or it cannot be written to
+    return tensor._version
+
+
 def forward_pass(
     model: nn.Module, input_size: Shape, *, training: bool = False, engine: str = "auto"
 ) -> Pass:
@@ -474,6 +498,7 @@ def _run(model: nn.Module, input_size: Shape, training: bool, on_meta: bool) -> 
         if any(module.training != training for module in trace.paths):
             stack.enter_context(in_mode(model, training))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_as_before(trace.paths))
         stack.enter_context(intercept(trace.paths, trace.call))
         # Taken back afterwards: what stays here would keep the model alive.
         stack.callback(setattr, _LOCAL, "trace", getattr(_LOCAL, "trace", None))
