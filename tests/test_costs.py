@@ -4,6 +4,7 @@ import gc
 import math
 import threading
 import weakref
+from collections import OrderedDict
 
 import pandas as pd
 import pytest
@@ -501,6 +502,14 @@ def test_stages_and_branches():
 )
 def test_locate(module, place):
     assert locate(module) == place
+
+
+def test_layers_of_another_network_are_no_stages_of_googlenets():
+    names = ["conv1", "pool1", "conv2", "pool3", "conv3", "maxpool4"]
+    layers = {n: nn.Conv2d(3, 3, 3) if "conv" in n else nn.MaxPool2d(2, 1) for n in names}
+    model = nn.Sequential(OrderedDict(layers | {"flatten": nn.Flatten()}))
+    assert layer_costs(model, (3, 16, 16)).stage.tolist() == [*names, "head"]
+    assert layer_costs(torch.compile(build("paper"))).stage.equals(costs_of("paper").stage)
 
 
 def test_blocks_of_vgg_end_with_their_pool():

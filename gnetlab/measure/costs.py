@@ -88,12 +88,9 @@ def layer_costs(
     steps, joins, images, itemsize = forward_pass(
         model, input_size, training=training, engine=engine
     )
-    blocks = _block_stages(model)
-    places = [locate(step.module) for step in steps]
-    stages = [blocks.get(s.module, place[0]) for s, place in zip(steps, places, strict=True)]
     columns: dict[str, object] = {
         "module": [step.module for step in steps],
-        "stage": stages,
+        "stage": _stages(model, [step.module for step in steps]),
         "branch": _branches(steps, joins),
         "kind": [step.kind for step in steps],
         "operation": [step.operation for step in steps],
@@ -211,7 +208,8 @@ def locate(module: str) -> tuple[str, str]:
     """Stage and branch of a dotted name, ours or torchvision's; "stem", "" for the stem.
 
     pool3 and pool4 belong to the stage whose output they reduce, 3b and 4e. A module's stage is
-    told inside another network too, such as nn.Sequential or nn.DataParallel.
+    told inside another network too, such as nn.Sequential or nn.DataParallel. The name alone does
+    not say whether the network is a GoogLeNet, which `layer_costs` looks at.
 
     >>> locate("inception4c.branch5x5.reduce.conv"), locate("conv2"), locate("aux1.fc1")
     (('4c', '5x5'), ('stem', ''), ('aux1', ''))
@@ -222,6 +220,20 @@ def locate(module: str) -> tuple[str, str]:
     top, _, rest = module[inner + 1 :].partition(".")
     stage = _stage(top)
     return stage, _BRANCHES.get(rest.partition(".")[0], "") if top.startswith("inception") else ""
+
+
+def _stages(model: nn.Module, names: list[str]) -> list[str]:
+    """Stage of each name; a conv1 or a pool3 of a network without Inception modules is its own."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    blocks = _block_stages(model)
+    googlenet = any(re.match(r"inception\d[a-e]", name) for name, _ in model.named_children())
+    stages = []
+    for name in names:
+        stage, top = locate(name)[0], name.partition(".")[0]
+        if not googlenet and (top in _AFTER or _STEM.fullmatch(top)) and ".inception" not in name:
+            stage = top
+        stages.append(blocks.get(name, stage))
+    return stages
 
 
 def _block_stages(model: nn.Module) -> dict[str, str]:
