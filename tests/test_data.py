@@ -92,6 +92,20 @@ def test_open_image_scales_16_bits(tmp_path):
     assert open_image(tmp_path / "deep.png").pixels[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
+def test_open_image_scales_floats(tmp_path):
+    Image.fromarray(np.array([[0, 0.2, 0.5, 1]], np.float32)).save(tmp_path / "floats.tif")
+    assert open_image(tmp_path / "floats.tif").pixels[0, :, 2].tolist() == [0, 51, 128, 255]
+
+
+@pytest.mark.parametrize("value", [-0.1, 200, np.nan])
+def test_open_image_of_floats_that_may_mean_anything(tmp_path, value):
+    Image.fromarray(np.array([[0.5, value]], np.float32)).save(tmp_path / "floats.tif")
+    with pytest.raises(
+        ValueError, match=r"floats\.tif cannot be read \(floats from .*: scale them"
+    ):
+        open_image(tmp_path / "floats.tif")
+
+
 def test_open_image_turns_a_photograph_upright(tmp_path):
     pixels, exif = noise(20, 30, 3), Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # the camera was held turned: rotate 90 degrees clockwise

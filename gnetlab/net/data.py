@@ -107,7 +107,8 @@ def photographs() -> dict[str, Photograph]:
 def open_image(image: str | Path) -> Photograph:
     """A photograph by name, or an image file by path, as RGB.
 
-    Raises FileNotFoundError for what is neither and ValueError for an unreadable file.
+    An image of floats has values in 0..1. Raises FileNotFoundError for what is neither and
+    ValueError for an unreadable file, or floats beyond 0..1.
     """
     if str(image) in _PHOTOGRAPHS:
         return _photograph(str(image))
@@ -122,12 +123,25 @@ def open_image(image: str | Path) -> Photograph:
             upright = ImageOps.exif_transpose(opened)  # as the camera was held
             if upright.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
                 upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+            elif upright.mode == "F":  # floats, which Pillow would cut off in the same way
+                upright = Image.fromarray(_bytes(np.asarray(upright)))
             pixels = np.asarray(upright.convert("RGB"))
     except _UNREADABLE as error:
         raise ValueError(
             f"image {path} cannot be read ({error}); give a PNG, JPEG, WebP or TIFF file"
         ) from error
     return Photograph(path.stem, pixels, path.name)
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """Floats in 0..1 -> uint8."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"floats from {low:g} to {high:g}, where 0..1 is black to white: scale them to that, "
+            "or save 8 or 16 bits"
+        )
+    return (255 * values).round().astype(np.uint8)
 
 
 def normalize(pixels: Tensor) -> Tensor:
