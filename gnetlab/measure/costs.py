@@ -51,7 +51,8 @@ def layer_costs(
                    GoogLeNet's modules, else the path's kernels ("3x3+3x3"); empty outside
     kind, operation   class name, or the function's; what PyTorch function it comes to
     output_shape   without the batch
-    parameters     that take part, each counted at its first use
+    parameters     that take part, each counted at its first use (not where a function gets a
+                   copy: torchvision's Swin V2 clones its biases of queries, keys and values)
     macs           NA marks a layer that calls what no rule knows: not counted, and not zero
     activations    output elements
     bias_additions, elementwise, comparisons   other arithmetic, see `rules.Work`
