@@ -201,6 +201,22 @@ def test_stage_costs_stack_to_the_total(costs):
     assert ax.yaxis_inverted()
 
 
+def test_legend_of_costs_names_what_only_one_network_has(costs):
+    plain = costs[costs.branch == ""].assign(model="VGG")
+    for order in ([plain, costs], [costs, plain]):
+        figure = figures.cost_figure(pd.concat(order))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+            "1x1 branch", "3x3 branch", "5x5 branch", "pool branch", "outside the modules",
+        ]  # fmt: skip
+
+
+def test_legend_of_time_names_what_only_one_panel_has(passes):
+    shares = passes.assign(quantity="time", amount=passes.seconds)
+    figure = figures.time_figure(shares, passes[passes.operation != "max_pool2d"])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["convolution", "max pooling", "normalization", "ReLU", "other"]
+
+
 def test_grouped_bars_show_every_group(costs):
     ax = plots.plot_grouped(costs, "macs", "model", scale=1e6, label="millions")
     assert [c.get_label() for c in ax.containers] == ["ours", "theirs"]

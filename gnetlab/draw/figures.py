@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -96,6 +97,16 @@ def _outer_legend(
     figure.legend(handles, labels, loc=f"outside {side}", **options)
 
 
+def _labelled(axes: Iterable[Axes], order: Iterable[str] = ()) -> tuple[list, list[str]]:
+    """Handles and labels of whatever has one in any panel, each label once; `order` goes first."""
+    found: dict = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    labels = [*filter(found.__contains__, order), *(label for label in found if label not in order)]
+    return [found[label] for label in labels], labels
+
+
 def _finish(figure: Figure) -> None:
     """Say so where a panel has nothing to show; give stacked panels the label of a shared scale."""
     for ax in figure.axes:
@@ -131,7 +142,7 @@ def cost_figure(costs: pd.DataFrame) -> Figure:
         for ax in axes.flat:
             ax.set_title(ax.get_title("left").replace(", own scale", ""))
             ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
-    handles, labels = axes[0, 1].get_legend_handles_labels()
+    handles, labels = _labelled(axes.flat)
     labels = [f"{label} branch".replace("no branch branch", "outside the modules")
               for label in labels]  # fmt: skip
     _outer_legend(figure, handles, labels, ncols=5)
@@ -240,7 +251,7 @@ def time_figure(shares: pd.DataFrame, variants: pd.DataFrame) -> Figure:
     milliseconds = variants.assign(milliseconds=1000 * variants.seconds)
     plots.plot_operations(milliseconds, "milliseconds", "variant", ax=right)
     right.set(title="Time of one pass", xlabel="sum of the layers (ms)")
-    handles, labels = right.get_legend_handles_labels()
+    handles, labels = _labelled((left, right), style.OPERATION_COLORS)
     _outer_legend(figure, handles, labels, ncols=len(labels))
     return figure
 

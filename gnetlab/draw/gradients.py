@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gnetlab.draw import style
-from gnetlab.draw.figures import _figure, _outer_legend, _panels, _styled
+from gnetlab.draw.figures import _figure, _labelled, _outer_legend, _panels, _styled
 from gnetlab.draw.plots import _axes, _short, plain_number
 
 _DASHED = (0, (4, 2))
@@ -75,11 +75,8 @@ def _colors(names: Iterable, colors: tuple[str, ...] = style.SERIES) -> dict[str
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
     """One legend above the panels for what is labelled in any of them."""
-    found = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    _outer_legend(figure, found.values(), found, ncols=max(1, len(found)))
+    handles, labels = _labelled(axes)
+    _outer_legend(figure, handles, labels, ncols=max(1, len(labels)))
 
 
 def plot_gradient_flow(flow: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
