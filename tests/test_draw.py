@@ -435,6 +435,21 @@ def test_width_shows_the_exponents_beside_slopes_of_one_and_two():
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1]])
+@pytest.mark.parametrize(("widths", "anchor"), [([0.25, 0.5, 4], 1), ([0.2, 0.4, 0.8], 0.8)])
+def test_slopes_go_through_width_one_or_the_nearest(widths, anchor, rows):
+    frame = pd.DataFrame({"width": widths, "exponent": 1.5}).assign(
+        macs=lambda f: 1e9 * f.width**1.5
+    )
+    slope_1, slope_2, measured = (
+        line.get_xydata() for line in plots.plot_width(frame.iloc[rows]).lines
+    )
+    for power, line in ((1, slope_1), (2, slope_2)):
+        at = anchor**1.5 * (line[:, 0] / anchor) ** power
+        assert line[:, 1] == pytest.approx(at)
+    assert measured[:, 0].tolist() == widths
+
+
 def test_resolution_names_lines_at_their_ends_without_overlap():
     ax = plots.plot_resolution(RESOLUTIONS)
     assert [t.get_text() for t in ax.texts] == ["GoogLeNet", "VGG-16", "VGG-16, small"]

@@ -169,19 +169,24 @@ def plot_counters(explained: pd.DataFrame, macs: int, *, ax: Axes | None = None)
 def plot_width(widths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Multiply-adds over width, log axes, beside lines of slope 1 and 2 through width 1.
 
+    Where width 1 was not measured the lines go through what lies on the line between its
+    neighbours, or through the nearest width.
+
     Columns: `width`, `macs` (count), `exponent` (since the row before; written between points).
     """
     ax = _axes(ax)
     giga = widths.macs / 1e9
-    at_one = float(np.interp(1, widths.width, giga))
+    known = widths.sort_values("width")
     ends = np.array([widths.width.min(), widths.width.max()])
+    anchor = np.clip(1, *ends)
+    level = np.exp(np.interp(np.log(anchor), np.log(known.width), np.log(known.macs / 1e9)))
     for power in (1, 2):
-        ax.plot(ends, at_one * ends**power, color=style.QUIET, linewidth=0.8,
-                linestyle=(0, (4, 3)))  # fmt: skip
-        ax.annotate(f"exponent {power}", (ends[-1], at_one * ends[-1] ** power), (6, 0),
+        heights = level * (ends / anchor) ** power
+        ax.plot(ends, heights, color=style.QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.annotate(f"exponent {power}", (ends[-1], heights[-1]), (6, 0),
                     textcoords="offset points", va="center", fontsize=6.5, color=style.QUIET,
                     annotation_clip=False)  # fmt: skip
-    ax.plot(widths.width, giga, color=style.SERIES[0], marker="o")
+    ax.plot(known.width, known.macs / 1e9, color=style.SERIES[0], marker="o")
     middles = zip(widths.width, widths.width[1:], giga, giga[1:], widths.exponent[1:], strict=False)
     for x1, x2, y1, y2, exponent in middles:
         ax.annotate(f"{exponent:.2f}", ((x1 * x2) ** 0.5, (y1 * y2) ** 0.5), (-4, 4), ha="right",
