@@ -236,6 +236,17 @@ def test_the_command_draws_what_is_asked_and_prints_what_it_wrote(report, run, t
     ).read_bytes()
 
 
+def test_two_figures_of_one_name_are_not_taken_for_one(report, run, tmp_path):
+    shutil.copytree(report / "01", report / "02")
+    result = run("counts", "--report", report)
+    assert result.exit_code == 2
+    message = f"one in each of {report / '01'}, {report / '02'}; give one of these folders as"
+    assert message in result.stderr
+    assert not (tmp_path / "figures-own").exists()
+    result = run("counts", "--report", report / "02", "--format", "png")
+    assert result.output.split() == ["figures-own/counts.png"]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["latncy"], "did you mean latency? There are counts, latency"),
     (["--style", "wide"], "--style wide asked; choose column or page"),

@@ -1,6 +1,6 @@
 """A report's figures drawn again from what was kept when they were saved; nothing is measured.
 
-`stored()`  the kept figures of a report, by name
+`stored()`  the files of a report's kept figures, by name
 `redraw()`  draw one again, for a page's or a column's width, in some of the formats
 """
 
@@ -13,20 +13,39 @@ from gnetlab.draw import calls, style
 from gnetlab.draw.figures import KINDS, write
 
 
-def stored(report: Path) -> dict[str, Path]:
-    """Files of kept figures in a report, or in a folder of figures, in order of their names."""
+def stored(report: Path) -> dict[str, list[Path]]:
+    """Files of kept figures in a report, or in a folder of figures, in order of their names.
+
+    A name has several where notebooks of one report gave it to figures of their own.
+    """
     found = [*report.glob(f"*{calls.SUFFIX}"), *report.glob(f"[!.]*/*{calls.SUFFIX}")]
-    return {path.name.removesuffix(calls.SUFFIX): path for path in sorted(found)}
+    files: dict[str, list[Path]] = {}
+    for path in sorted(found):
+        files.setdefault(path.name.removesuffix(calls.SUFFIX), []).append(path)
+    return files
 
 
 def redraw(
-    path: Path, directory: Path, *, width: str | None = None, kinds: Iterable[str] = KINDS
+    path: Path | list[Path],
+    directory: Path,
+    *,
+    width: str | None = None,
+    kinds: Iterable[str] = KINDS,
 ) -> list[Path]:
     """Draw the figure kept in `path` again and write it to `directory`; the files written.
 
-    `width` is one of `style.WIDTHS` (none: what the figure is designed for, and the files are those
-    that were saved, byte by byte). ValueError if the file is not a figure of gnetlab's.
+    `path` may be what `stored()` has for a name. `width` is one of `style.WIDTHS` (none: what the
+    figure is designed for, and the files are those that were saved, byte by byte). ValueError if
+    the file is not a figure of gnetlab's, or if there are several.
     """
+    path, *others = [path] if isinstance(path, Path) else path
+    if others:  # their files would have one name, too
+        name = path.name.removesuffix(calls.SUFFIX)
+        folders = ", ".join(str(one.parent) for one in (path, *others))
+        raise ValueError(
+            f"several figures are called {name}: there is one in each of {folders}; "
+            "give one of these folders as --report"
+        )
     call = calls.load(path)
     try:
         with style.width(width):
