@@ -250,6 +250,21 @@ def test_latency_is_per_image():
     assert line.get_ydata().tolist() == pytest.approx([10, 5])
 
 
+def test_more_variants_than_colours_differ_in_style():
+    names = [f"n{i}" for i in range(8)]
+    of_all = pd.DataFrame({"model": names, "batch_size": 1, "seconds": 0.01, "iqr": 0.0})
+    lines = [c.lines[0] for c in plots.plot_latency(of_all).containers]
+    assert lines[0].get_color() == lines[6].get_color() != lines[1].get_color()
+    assert [line.get_marker() for line in lines] == ["o"] * 6 + ["s"] * 2
+    assert lines[0].get_linestyle() != lines[6].get_linestyle()
+    of_all = of_all.assign(stage="3a", network=names, macs_seconds=0.01)
+    bars = plots.plot_grouped(of_all, "seconds", "model").patches
+    assert bars[0].get_facecolor() == bars[6].get_facecolor()
+    assert bars[0].get_hatch() != bars[6].get_hatch()
+    points = plots.plot_prediction(of_all, "macs").collections
+    assert len(points[0].get_paths()[0].vertices) != len(points[6].get_paths()[0].vertices)
+
+
 def test_ratios_are_written_out():
     ax = plots.plot_ratios(pd.Series({"macs": 9.77, "time": 0.5}))
     assert [t.get_text() for t in ax.texts] == ["9.77x", "0.5x"]

@@ -367,6 +367,25 @@ def test_training_curves_show_seeds_and_their_mean():
     assert len(alone.lines) == 2
 
 
+def test_a_single_step_is_a_point():
+    ax = gradients.plot_training(make_metrics(SETTINGS[:1], steps=(0,)))
+    means = [line for line in ax.lines if not line.get_label().startswith("_")]
+    assert [line.get_marker() for line in means] == ["o", "o"]
+
+
+def test_the_seventh_variant_does_not_look_like_the_first():
+    names = tuple(f"n{i}" for i in range(7))
+    curves = gradients.plot_training(make_metrics(SETTINGS[:1], names, seeds=(0,), steps=(0, 1)))
+    relative = gradients.plot_relative(make_outputs(names, seeds=(0,)), "flow", "5b", log=True)
+    for ax in (curves, relative):
+        lines = {line.get_label(): line for line in ax.lines}
+        assert lines["n0"].get_color() == lines["n6"].get_color()
+        assert (lines["n0"].get_linestyle(), lines["n6"].get_linestyle()) == ("-", "--")
+    gaps = make_gaps(names).assign(test=1.0)
+    first, *_, last = gradients.plot_pairs(gaps, "test").collections[::2]
+    assert len(first.get_paths()[0].vertices) != len(last.get_paths()[0].vertices)
+
+
 def test_training_figure_has_a_column_per_setting():
     figure = gradients.training_figure(make_metrics(SETTINGS), 16)
     above, below = np.reshape(figure.axes, (2, 3))

@@ -69,8 +69,8 @@ def _draw_seeds(
         ax.plot(x, mean(table), **{"color": color, "linewidth": 1.6, **look})
 
 
-def _colors(names: Iterable, colors: tuple[str, ...] = style.SERIES) -> dict[str, str]:
-    return {name: colors[i % len(colors)] for i, name in enumerate(dict.fromkeys(names))}
+def _looks(names: Iterable) -> dict[str, style.Look]:
+    return {name: style.look(i) for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _legend(figure: Figure, axes: Iterable[Axes]) -> None:
@@ -153,15 +153,15 @@ def plot_relative(
     over them; `log` makes it the geometric mean on a log axis.
     """
     ax = _axes(ax)
-    stages, colors = list(dict.fromkeys(frame.stage)), _colors(frame.init)
+    stages, looks = list(dict.fromkeys(frame.stage)), _looks(frame.init)
     ax.axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
     for i, (init, rows) in enumerate(frame.groupby("init", sort=False)):
         table = _by_seed(rows, "stage", value).reindex(stages)
-        shift = 0 if log else 0.12 * (i - (len(colors) - 1) / 2)  # on a line, all would coincide
+        shift = 0 if log else 0.12 * (i - (len(looks) - 1) / 2)  # on a line, all would coincide
         places = np.arange(len(stages)) + shift
-        _draw_seeds(ax, places, table / table.loc[reference], colors[init], linewidth=1.1,
-                    mean=_geometric_mean if log else _mean, marker="o", markersize=2.8,
-                    label=str(init))  # fmt: skip
+        _draw_seeds(ax, places, table / table.loc[reference], looks[init].color, linewidth=1.1,
+                    mean=_geometric_mean if log else _mean, linestyle=looks[init].line,
+                    marker=looks[init].marker, markersize=2.8, label=str(init))  # fmt: skip
     ax.set_xticks(range(len(stages)), [stage.replace("_", " ") for stage in stages], rotation=45,
                   ha="right", rotation_mode="anchor")  # fmt: skip
     ax.set_yscale("log" if log else "linear")
@@ -223,11 +223,13 @@ def plot_training(
     Columns: `step`, `seed`, `by`, and `value`; each seed is smoothed over `smooth` steps.
     """
     ax = _axes(ax)
-    colors = _colors(metrics[by])
+    looks = _looks(metrics[by])
     for variant, rows in metrics.groupby(by, sort=False):
         table = _by_seed(rows, "step", value).rolling(smooth, min_periods=1).mean()
-        _draw_seeds(ax, table.index, table, colors[variant], label=str(variant))
-        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=colors[variant],
+        look = looks[variant]
+        _draw_seeds(ax, table.index, table, look.color, label=str(variant), linestyle=look.line,
+                    marker=look.marker if len(table) == 1 else "")  # fmt: skip
+        ax.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=look.color,
                         alpha=0.15, linewidth=0)  # fmt: skip
     ax.set(xlabel="training step")
     return ax
@@ -242,9 +244,9 @@ def plot_escape(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax = _axes(ax)
     numbers = ["seeds", "escaped", "mean_steps", "low", "high", "steps"]
     summary = summary.assign(**{name: _floats(summary[name]) for name in numbers})
-    colors, places, names, headings = _colors(summary.variant), [], [], []
-    if len(colors) > len(style.SERIES):  # two variants of one colour would look related
-        colors = dict.fromkeys(colors, style.SERIES[0])
+    looks, places, names, headings = _looks(summary.variant), [], [], []
+    if len(looks) > len(style.SERIES):  # two variants of one colour would look related
+        looks = dict.fromkeys(looks, style.look(0))
     beside = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
     longest = summary.steps.max()
     ax.annotate("never", (longest, 1), (0, 2), xycoords=ax.get_xaxis_transform(), ha="right",
@@ -256,7 +258,7 @@ def plot_escape(summary: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         for row in rows.itertuples():
             places.append(y := places[-1] + 1)
             names.append(f"{row.variant}")
-            color = colors[row.variant]
+            color = looks[row.variant].color
             ax.vlines(row.steps, y - 0.5, y + 0.5, color=style.QUIET, linewidth=0.6, zorder=0,
                       linestyle=_DASHED)  # fmt: skip
             if row.low < row.high:
@@ -282,20 +284,21 @@ def plot_pairs(
     """
     ax = _axes(ax)
     ax.margins(y=0.1)
-    colors = _colors(frame.variant)
-    table = _by_seed(frame, "variant", value).reindex(list(colors))
+    looks = _looks(frame.variant)
+    table = _by_seed(frame, "variant", value).reindex(list(looks))
     places = start + np.arange(len(table))
     ax.plot(places, table, color=style.QUIET, linewidth=0.6, alpha=0.7, zorder=1)
     for x, (variant, values) in zip(places, table.iterrows(), strict=True):
         known = values[np.isfinite(values)]
         if known.empty:
             continue
-        ax.scatter([x] * len(known), known, s=14, color=colors[variant], zorder=2)
-        ax.scatter([x], [known.mean()], marker="_", s=160, color=colors[variant], zorder=3)
+        look = looks[variant]
+        ax.scatter([x] * len(known), known, s=14, color=look.color, marker=look.marker, zorder=2)
+        ax.scatter([x], [known.mean()], marker="_", s=160, color=look.color, zorder=3)
         side = -1 if x == start else 1
         ax.annotate(f"{known.mean():.1f}", (x, known.mean()), (9 * side, 0), va="center",
                     textcoords="offset points", ha="left" if side > 0 else "right",
-                    color=colors[variant])  # fmt: skip
+                    color=look.color)  # fmt: skip
     return ax
 
 

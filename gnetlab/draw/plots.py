@@ -66,8 +66,10 @@ def plot_grouped(
     for i, group in enumerate(groups):
         of_group = frame[frame[by] == group]
         values = of_group.groupby("stage")[value].sum().reindex(stages).astype(float) / scale
+        look = style.look(i)
         ax.barh(np.arange(len(stages)) + (i - (len(groups) - 1) / 2) * height, values, height,
-                color=style.SERIES[i], label=str(group))  # fmt: skip
+                color=look.color, label=str(group),
+                **{"hatch": look.hatch, "edgecolor": "white"} if look.hatch else {})  # fmt: skip
     ax.set_yticks(range(len(stages)), stages)
     ax.set(xlabel=label or value, ylim=(len(stages) - 0.4, -0.6))
     return ax
@@ -282,8 +284,9 @@ def plot_prediction(times: pd.DataFrame, predictor: str, *, ax: Axes | None = No
     floor = 1e3 * worked.seconds.min() / 2
     for i, (network, rows) in enumerate(worked.groupby("network", sort=False)):
         predicted = (1e3 * rows[f"{predictor}_seconds"]).clip(lower=floor)
-        ax.scatter(1e3 * rows.seconds, predicted, s=9, color=style.SERIES[i], alpha=0.6,
-                   linewidth=0, label=network)  # fmt: skip
+        look = style.look(i)
+        ax.scatter(1e3 * rows.seconds, predicted, s=9, color=look.color, marker=look.marker,
+                   alpha=0.6, linewidth=0, label=network)  # fmt: skip
     ends = [floor, 2e3 * worked.seconds.max()]
     ax.plot(ends, ends, color=style.QUIET, linewidth=0.7, zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="measured (ms)")
@@ -300,9 +303,10 @@ def plot_latency(latency: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     for i, (model, rows) in enumerate(latency.groupby("model", sort=False)):
-        per_image = 1000 * rows.seconds / rows.batch_size
+        per_image, look = 1000 * rows.seconds / rows.batch_size, style.look(i)
         ax.errorbar(rows.batch_size, per_image, yerr=500 * rows.iqr / rows.batch_size,
-                    marker="o", color=style.SERIES[i], capsize=2, label=model)  # fmt: skip
+                    marker=look.marker, linestyle=look.line, color=look.color, capsize=2,
+                    label=model)  # fmt: skip
     ax.set(xscale="log", xlabel="images per batch", ylabel="time per image (ms)")
     ax.set_xticks(sorted(latency.batch_size.unique()))
     ax.set_xticks([], minor=True)

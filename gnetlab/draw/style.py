@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -40,6 +41,10 @@ OPERATION_COLORS = {
 EMPHASIS, QUIET = "#C4451C", "#8A8A8A"
 # For variants without a colour of their own (networks, heads on or off), in order of use.
 SERIES = ("#1A1A1A", "#B0307A", "#5B9BD5", "#C9A227", "#4B5A1E", "#9FD8C8")
+# And what tells two of one colour apart, where there are more variants than colours.
+LINES = ("-", (0, (3, 2)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
+_MARKERS = ("o", "s", "^", "D")
+_HATCHES = ("", "////", "....", "xxxx")
 
 STAGES = ("stem", "3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b", "head")
 WIDTHS = {"column": 3.5, "page": 7.2}  # inches
@@ -69,6 +74,28 @@ _SETTINGS = {
     "svg.fonttype": "path",
     "svg.hashsalt": "gnetlab",  # the same figure gives the same file
 }
+
+
+class Look(NamedTuple):
+    """How one of several variants is drawn; two have nothing but the colour in common."""
+
+    color: str
+    line: str | tuple
+    marker: str
+    hatch: str
+
+
+def look(i: int) -> Look:
+    """The look of variant number `i`: the colours again and again, each time in another style.
+
+    >>> look(0)
+    Look(color='#1A1A1A', line='-', marker='o', hatch='')
+    >>> look(6)
+    Look(color='#1A1A1A', line=(0, (3, 2)), marker='s', hatch='////')
+    """
+    again, color = divmod(i, len(SERIES))
+    again %= len(LINES)
+    return Look(SERIES[color], LINES[again], _MARKERS[again], _HATCHES[again])
 
 
 @contextlib.contextmanager
