@@ -391,6 +391,24 @@ def test_text_of_a_figure_lies_inside_it(name):
     assert all(ax.has_data() or not ax.axison for ax in figure.axes)
 
 
+def test_names_of_any_characters_are_drawn_as_they_are(costs, tmp_path):
+    names = {"ours": "a$_{}$b $", "theirs": "_under_$5"}
+    frame = LATENCY.assign(model=names["theirs"])
+    figure = figures.latency_figure(frame, pd.Series({names["ours"]: 2.0}), "a $x^$ b", note="$^$")
+    (entry,) = figure.axes[0].get_legend().get_texts()
+    assert style.as_given(entry.get_text()) == names["theirs"]
+    assert "a $x^$ b" in figures.data_summary(figure)
+    figures.save(figure, "a", frame, directory=tmp_path)
+    assert figure.call.arguments[0].model.tolist() == [names["theirs"]]
+    renamed = costs.assign(model=costs.model.map(names))
+    figure = figures.cost_figure(renamed.astype({"model": "category"}))
+    assert misplaced(figure)[0] == []
+    assert "\\" not in figures.data_summary(figure)
+    left, middle, *_ = figure.axes
+    assert style.as_given(middle.get_title("left")) == "a$_{}$b $, own scale"
+    assert [t.get_text() for t in left.get_yticklabels()] == [*map(style.plain, names.values())]
+
+
 def test_save_writes_six_kinds_the_same_way_twice(costs, tmp_path):
     for folder in ("a", "b"):
         figures.save(

@@ -39,11 +39,12 @@ def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
     def styled(*args, note: str = "", **options) -> Figure:
         with style.context():
             given = copy.deepcopy((args, options | ({"note": note} if note else {})))
-            figure = make(*args, **options)
+            figure = make(*_plain(args), **_plain(options))
             figure.set_label(f"{(make.__doc__ or '').splitlines()[0]} {note}".strip())
             _finish(figure)
             if note:
-                footer = textwrap.fill(note, 76) if style.is_narrow(figure) else note
+                footer = style.plain(note)
+                footer = textwrap.fill(footer, 76) if style.is_narrow(figure) else footer
                 figure.supxlabel(footer, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
             figure.call = calls.Call(styled, *given)
             if style.asked():  # for which the figure was not designed: one layout may not do
@@ -52,6 +53,25 @@ def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
 
     styled.is_figure_function = True
     return styled
+
+
+def _plain(value: object) -> object:
+    """What a figure is given with every name in it as `style.plain` has it; columns keep theirs."""
+    if isinstance(value, str):
+        return style.plain(value)
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, pd.Series):
+        return value.rename(index=_plain)
+    if isinstance(value, pd.DataFrame):
+        odd = [
+            name for name, column in value.select_dtypes(exclude="number").items()
+            if any(isinstance(item, str) and style.plain(item) != item for item in column)
+        ]  # fmt: skip
+        return value.assign(**{name: value[name].map(_plain) for name in odd})
+    return value
 
 
 def _figure(width: str, height: float) -> Figure:
@@ -666,7 +686,8 @@ def data_summary(figure: Figure, longest: int = 600) -> str:
             head = ", ".join(filter(None, (ax.get_title(loc="left"), axes)))
             values = "; ".join(filter(None, found))
             panels.append(f"{head}: {values}" if head else values)
-    return textwrap.shorten(". ".join(panels), longest, placeholder=" …")
+    told = style.as_given(". ".join(panels))
+    return textwrap.shorten(told, longest, placeholder=" …")
 
 
 def _line_summary(line: Line2D, label: object) -> str:

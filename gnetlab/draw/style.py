@@ -125,6 +125,23 @@ def is_narrow(figure: Figure) -> bool:
     return figure.get_figwidth() == WIDTHS["column"]
 
 
+_UNSEEN = "\N{ZERO WIDTH SPACE}"
+
+
+def plain(text: str) -> str:
+    """A user's name for matplotlib: "$" begins no formula, and "_" hides it from no legend."""
+    return (_UNSEEN if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def as_given(text: str) -> str:
+    """What `plain()` was given, wherever in `text` it stands.
+
+    >>> as_given(plain("_under_$5"))
+    '_under_$5'
+    """
+    return text.replace(_UNSEEN, "").replace(r"\$", "$")
+
+
 def stage_order(stages: list[str]) -> list[str]:
     """Stages in forward order: GoogLeNet's known ones first, others as they come.
 
