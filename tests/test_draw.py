@@ -1,5 +1,8 @@
 """Drawing: artists, labels and data rather than pixels, and files that come out the same."""
 
+from functools import partialmethod
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -429,6 +432,21 @@ def test_save_writes_six_kinds_the_same_way_twice(costs, tmp_path):
         pd.read_csv(tmp_path / "a" / "cost.csv", keep_default_na=False), costs
     )
     assert r"\begin{tabular}" in (tmp_path / "a" / "cost.tex").read_text()
+
+
+def test_latex_table_says_what_it_needs_and_is_utf_8(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", partialmethod(write_text_elsewhere, Path.write_text))
+    frame = pd.DataFrame({"name": ["Nguyễn", "b"], "ratio": [1.5, np.nan]})
+    saved = figures.save(Figure(), "a", frame, directory=tmp_path, latex=True)
+    lines = saved.paths["tex"].read_text("utf-8").splitlines()
+    assert lines[0] == r"% needs \usepackage{booktabs}"
+    assert r"Nguyễn & 1.5 \\" in lines
+    assert r"b & -- \\" in lines
+
+
+def write_text_elsewhere(path, write, text, encoding="ascii", **options):
+    """`Path.write_text` on a machine whose own encoding has no accents."""
+    return write(path, text, encoding, **options)
 
 
 def test_saved_figure_shows_its_png_in_a_notebook(costs, tmp_path):

@@ -628,7 +628,8 @@ def save(
     frame.to_csv(paths["csv"], index=False)
     if latex:
         paths["tex"] = directory / f"{name}.tex"
-        paths["tex"].write_text(frame.to_latex(index=False, escape=True, float_format="%.4g"))
+        rows = frame.to_latex(index=False, escape=True, float_format="%.4g", na_rep="--")
+        paths["tex"].write_text(f"% needs \\usepackage{{booktabs}}\n{rows}", encoding="utf-8")
     if call := getattr(figure, "call", None):
         paths["call.zip"] = directory / f"{name}{calls.SUFFIX}"
         calls.store(call._replace(timing=timing), paths["call.zip"])
