@@ -273,6 +273,37 @@ def test_ratios_are_written_out():
     assert [t.get_text() for t in ax.texts] == ["9.77x", "0.5x"]
 
 
+def test_numbers_have_no_exponents():
+    ax = plots.plot_ratios(pd.Series({"macs": 1500.0, "time": 999.7}))
+    assert [t.get_text() for t in ax.texts] == ["1,500x", "1,000x"]
+
+
+@pytest.mark.parametrize("others", [[0.0], [np.inf], [np.nan], [0.0, np.nan, -np.inf], [20.0, 0.0]])
+def test_ratios_without_a_place_are_written(others):
+    ratios = pd.Series([2.0, *others], index=list("abcd")[: len(others) + 1])
+    figure = figures.early_figure(ratios)
+    assert misplaced(figure)[0] == []
+    assert len(figure.axes[0].texts) == len(ratios)
+    low, high = figure.axes[0].get_xlim()
+    assert 0 < low < 2 < high < 100
+    figures.early_figure(ratios[1:])
+
+
+def test_values_without_end_do_not_set_limits():
+    odd = CONDUCTANCE.assign(completeness=[np.inf, np.inf, 1.3])
+    right = figures.conductance_figure(odd).axes[1]
+    assert right.get_xlim() == pytest.approx((1 - 1.15 * 0.3, 1 + 1.15 * 0.3))
+    misplaced(figures.conductance_figure(odd.assign(completeness=np.nan, share=np.nan)))
+    for values, limit in ((np.full((4, 4), np.nan), 1), (np.array([[np.inf, 2], [np.nan, -1]]), 2)):
+        image = figures.image_attribution_figure(IMAGE, {"odd": values})
+        assert image.axes[1].images[1].get_clim()[1] == pytest.approx(limit, rel=0.01)
+        misplaced(image)
+        maps = {"3a": dict.fromkeys(BRANCHES, values)}
+        branches = figures.attribution_figure(IMAGE, maps, BY_BRANCH)
+        assert branches.axes[1].images[1].get_clim() == (-limit, limit)
+        misplaced(branches)
+
+
 def test_lines_over_depth_have_the_branch_colours():
     frame = pd.DataFrame(
         {"stage": ["3a", "3b"] * 2, "branch": ["1x1"] * 2 + ["pool"] * 2, "share": [1, 2, 3, 4]}
@@ -301,6 +332,19 @@ def test_statistics_figure_names_the_control():
     assert texts == ["1x1 branch", "random"]
     # Full line, control, and in one panel the line at 1.
     assert [len(ax.lines) for ax in figure.axes] == [2, 3, 2, 2]
+
+
+def test_statistics_figure_tells_two_controls_apart():
+    frame = pd.concat([BY_BRANCH.assign(network=name) for name in ("mine", "random", "shuffled")])
+    figure = figures.branch_statistics_figure(frame)
+    *_, random, shuffled = figure.legends[0].get_lines()
+    assert [t.get_text() for t in figure.legends[0].get_texts()][-2:] == ["random", "shuffled"]
+    assert random._dash_pattern != shuffled._dash_pattern
+    drawn = figure.axes[0].lines
+    assert [drawn[i]._dash_pattern for i in (4, 8)] == [
+        random._dash_pattern,
+        shuffled._dash_pattern,
+    ]
 
 
 def test_conductance_figure_shows_what_the_sum_leaves_out():

@@ -373,7 +373,7 @@ def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
     """Energy, silence and effective rank over depth, one line per branch; dashed: the control.
 
     Columns: `stage`, `branch`, `energy_share`, `energy_ratio`, `zero_fraction`, `rank_share`, and
-    `network` where there is a control: what comes first is drawn in full.
+    `network` where there are controls: what comes first is drawn in full.
     """
     figure = _figure("page", 4.6)
     axes = _panels(figure, 2, 2, sharex=True)
@@ -388,16 +388,17 @@ def branch_statistics_figure(branches: pd.DataFrame) -> Figure:
     networks = dict(tuple(branches.groupby("network", sort=False)))
     for ax, (value, (title, label)) in zip(axes.flat, panels.items(), strict=True):
         for i, rows in enumerate(networks.values()):
-            plots.plot_by_depth(rows, value, ax=ax, control=i > 0)
+            plots.plot_by_depth(rows, value, ax=ax, control=i)
         ax.set(title=title, ylabel=label, ylim=(0, None))
     for ax in axes[0]:
         ax.set_xlabel("")
     axes[0, 1].axhline(1, color=style.QUIET, linewidth=0.6, zorder=0)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     labels = [f"{label} branch" for label in labels]
-    if len(networks) > 1:
-        handles.append(Line2D([], [], color=style.QUIET, linewidth=0.9, linestyle=(0, (3, 2))))
-        labels.append(list(networks)[1])
+    for i, network in list(enumerate(networks))[1:]:
+        line = {"linewidth": 0.9, "linestyle": plots.dashes(i)}
+        handles.append(Line2D([], [], color=style.QUIET, **line))
+        labels.append(network)
     _outer_legend(figure, handles, labels, ncols=len(labels))
     return figure
 
@@ -489,7 +490,7 @@ def attribution_figure(
         row[0].imshow(image)
         row[0].set_axis_off()
         row[0].set_title(f"module {stage}", fontsize=7 if narrow else 8.5)
-        limit = max(np.abs(values).max() for values in by_branch.values())
+        limit = max(map(plots.largest, by_branch.values()))
         for ax, branch in zip(row[1:], branches, strict=True):
             plots.plot_overlay(image, by_branch[branch], limit=limit, ax=ax)
             ax.set_title(f"{branch}: {100 * share[stage, branch]:+.0f}%",
@@ -515,7 +516,7 @@ def conductance_figure(shares: pd.DataFrame) -> Figure:
     right.axvline(1, color=style.QUIET, linewidth=0.6, zorder=0)
     right.plot(whole, whole.index, marker="o", linestyle="", color=style.EMPHASIS)
     right.invert_yaxis()
-    reach = max(0.1, 1.15 * (whole - 1).abs().max())
+    reach = max(0.1, 1.15 * (whole[np.isfinite(whole)] - 1).abs().max())
     right.set(title="Completeness", xlabel="sum of branches / change of the logit",
               xlim=(1 - reach, 1 + reach), ylabel="Inception module")  # fmt: skip
     return figure
@@ -535,7 +536,7 @@ def image_attribution_figure(image: np.ndarray, maps: Mapping[str, np.ndarray]) 
     first.set_axis_off()
     first.set_title("image")
     for ax, (method, values) in zip(others, maps.items(), strict=True):
-        limit = np.percentile(np.abs(values), 99.5)  # single pixels would set the scale
+        limit = plots.largest(values, 99.5)  # single pixels would set the scale
         plots.plot_overlay(image, values, limit=limit, ax=ax)
         ax.set_title(textwrap.fill(method, 36 // (len(maps) + 1)) if narrow else method)
     return figure

@@ -46,7 +46,13 @@ def plot_stage_costs(costs: pd.DataFrame, value: str = "macs", *, ax: Axes | Non
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def largest(values: np.ndarray, percentile: float = 100) -> float:
+    """The largest magnitude of the finite values, or a percentile; 0 where there are none."""
+    sizes = np.abs(values[np.isfinite(values)])
+    return float(np.percentile(sizes, percentile)) if sizes.size else 0.0
 
 
 def plot_grouped(
@@ -317,22 +323,28 @@ def plot_latency(latency: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def plot_ratios(ratios: pd.Series, *, ax: Axes | None = None) -> Axes:
-    """A lollipop per ratio (index: what is compared), on a log axis with 1 marked."""
+    """A lollipop per ratio (index: what is compared), on a log axis with 1 marked.
+
+    A ratio of 0 or without end has no place on that axis: it is written beside the mark.
+    """
     ax = _axes(ax)
+    drawn = ratios.where(np.isfinite(ratios) & (ratios > 0))
     ax.axvline(1, color=style.QUIET, linewidth=0.6)
-    ax.hlines(list(ratios.index), 1, ratios, color=style.QUIET, linewidth=1)
-    ax.scatter(ratios, list(ratios.index), color=style.SERIES[0], zorder=3, s=22)
+    ax.hlines(list(ratios.index), 1, drawn, color=style.QUIET, linewidth=1)
+    ax.scatter(drawn, list(ratios.index), color=style.SERIES[0], zorder=3, s=22)
     for name, ratio in ratios.items():
-        below = ratio < 1
-        ax.annotate(f"{ratio:.3g}x", (ratio, name), (-6 if below else 6, 0), fontsize=7,
+        place, below = (drawn[name], ratio < 1) if drawn[name] > 0 else (1, False)
+        text = "not known" if np.isnan(ratio) else f"{_short(ratio)}x"
+        ax.annotate(text, (place, name), (-6 if below else 6, 0), fontsize=7,
                     textcoords="offset points", va="center", ha="right" if below else "left",
                     )  # fmt: skip
     ax.set_ylim(len(ratios) - 0.5, -0.5)
-    if ratios.max() < 4 and ratios.min() > 0.5:  # a log axis would have no tick but 1
-        ax.set_xlim(min(1, ratios.min()) - 0.2, max(1.5, ratios.max()) * 1.2)
+    low, high = drawn.fillna(1).min(), drawn.fillna(1).max()
+    if high < 4 and low > 0.5:  # a log axis would have no tick but 1
+        ax.set_xlim(min(1, low) - 0.2, max(1.5, high) * 1.2)
         return ax
     ax.set(xscale="log")
-    ax.set_xlim(min(1, ratios.min() * 0.6) * 0.85, max(2, ratios.max()) * 1.8)
+    ax.set_xlim(min(1, low * 0.6) * 0.85, max(2, high) * 1.8)
     ax.xaxis.set_major_formatter(FuncFormatter(plain_number))
     ax.xaxis.set_minor_formatter(NullFormatter())
     return ax
@@ -343,19 +355,26 @@ def plain_number(value: float, _position: int | None = None) -> str:
     return f"{value:g}" if value < 1000 else f"{value:,.0f}"
 
 
+def dashes(control: int) -> tuple:
+    """The line of control number 1, 2, ..."""
+    return style.LINES[1 + (control - 1) % (len(style.LINES) - 1)]
+
+
 def plot_by_depth(
-    statistics: pd.DataFrame, value: str, *, control: bool = False, ax: Axes | None = None
+    statistics: pd.DataFrame, value: str, *, control: int = 0, ax: Axes | None = None
 ) -> Axes:
     """One line per branch over the stages. Columns: `stage`, `branch`, and `value`.
 
-    `control` draws them thin, dashed and without labels, to be compared with.
+    `control` draws them thin, dashed and without labels, to be compared with: 2 and 3 in other
+    dashes than 1.
     """
     ax = _axes(ax)
     stages = style.stage_order(list(statistics.stage))
     for branch, rows in statistics.groupby("branch", sort=False):
         values = rows.groupby("stage")[value].mean().reindex(stages)
-        look = {"linewidth": 0.9, "linestyle": (0, (3, 2)), "label": "_control"} if control else {
-            "marker": "o", "label": branch}  # fmt: skip
+        look = {"marker": "o", "label": branch}
+        if control:
+            look = {"linewidth": 0.9, "linestyle": dashes(control), "label": "_control"}
         ax.plot(range(len(stages)), values, color=style.BRANCH_COLORS[branch], **look)
     ax.set_xticks(range(len(stages)), stages)
     ax.set(xlabel="Inception module")
@@ -412,11 +431,11 @@ def plot_overlay(
     """Signed attribution (h x w) over a faded image (H x W x 3 uint8): red for, blue against."""
     ax = _axes(ax)
     height, width = image.shape[:2]
-    limit = limit or np.abs(attribution).max() or 1.0
+    limit = limit or largest(attribution) or 1.0
     grey = image.mean(axis=2) / 255 * 0.45 + 0.5
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
     ax.imshow(attribution, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(0, width, height, 0),
-              alpha=np.clip(np.abs(attribution) / limit, 0, 1) ** 0.5 * 0.85,
+              alpha=np.clip(np.nan_to_num(np.abs(attribution)) / limit, 0, 1) ** 0.5 * 0.85,
               interpolation="nearest")  # fmt: skip
     ax.set_axis_off()
     return ax
