@@ -1,6 +1,7 @@
 """The explorer in a browser: exported to HTML with the network off, and live in JupyterLab."""
 
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -198,6 +199,84 @@ def test_nothing_overlaps_or_is_cut(browser, tmp_path, width):
     assert {"picture", "3a", "5b", "pool", "opacity", "slider", "channel", "concat", "sheet"} <= {
         name.strip() for name in reached
     }
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A function that opens a saved explorer, its script having run."""
+
+    def page_of(explorer, width=900):
+        saved = explorer.save(tmp_path / "page.html")
+        page = browser.new_context(viewport={"width": width, "height": 700}).new_page()
+        page.goto(saved.as_uri())
+        page.wait_for_function("gnetlab.readyAfter > 0", timeout=SLOW)
+        return page
+
+    return page_of
+
+
+def test_keys_work_on_every_keyboard_and_after_a_slider(opened):
+    page = opened(explore(network(), "cat", size=SIDE))
+    page.locator("h1").click()
+    state = "[gnetlab.state.stage, gnetlab.state.branch]"
+    press = """options => document.body.dispatchEvent(
+      new KeyboardEvent("keydown", {bubbles: true, ...options}))"""
+    page.evaluate(press, {"key": "[", "altKey": True, "ctrlKey": True})  # AltGr
+    assert page.evaluate(state) == ["4b", "1x1"]
+    page.evaluate(press, {"key": "]", "altKey": True})  # Option
+    page.evaluate(press, {"key": "[", "metaKey": True})  # the browser's own
+    page.evaluate(press, {"key": "2", "ctrlKey": True})
+    assert page.evaluate(state) == ["4c", "1x1"]
+    page.locator("#slider").focus()
+    page.keyboard.press("2")
+    page.keyboard.press("]")
+    assert page.evaluate(state) == ["4d", "3x3"]
+    order = (-truth("cat")["inception4d.branch3x3"].std((1, 2))).argsort(kind="stable")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("gnetlab.state.channel") == order[1]
+    said = page.locator("#slider").get_attribute("aria-valuetext")
+    assert said == page.locator("#name").inner_text()
+    assert f"channel {order[1]} " in said
+    page.locator("#opacity").focus()
+    page.keyboard.press("ArrowDown")
+    assert page.locator("#opacity").input_value() == "84"
+    assert page.evaluate("gnetlab.state.channel") == order[1]
+    page.keyboard.press("4")
+    assert page.evaluate(state) == ["4d", "pool"]
+    page.locator("#channel").focus()
+    page.keyboard.press("1")
+    assert page.evaluate(state) == ["4d", "pool"]
+    assert page.get_by_role("group", name="liveliest first").get_attribute("id") == "sheet"
+
+
+def test_the_colour_bar_is_that_of_the_overlay(opened):
+    page = opened(explore(network(), "cat", size=SIDE, method="gradient_x_activation"))
+    page.evaluate("gnetlab.select({view: 'attribution'})")
+    page.wait_for_function("gnetlab.state.view === 'attribution'")
+    stops = page.locator("#ramp").evaluate("e => getComputedStyle(e).backgroundImage")
+    found = re.findall(r"rgba?\((\d+), (\d+), (\d+)(?:, ([\d.]+))?\) ([\d.]+)%", stops)
+    assert len(found) == 17
+    for *_, alpha, place in found[9:]:
+        assert float(alpha or 1) == pytest.approx(((float(place) - 50) / 50) ** 0.5, abs=0.01)
+    assert float(found[0][4]) == 0
+
+
+@pytest.mark.parametrize("width", [900, 600])
+def test_many_modules_and_long_classes_fit(opened, width):
+    model = gl.googlenet("cifar", width=0.1, extra_modules=20, aux=False, num_classes=10, seed=0)
+    found = explore(model, "cat", size=32)
+    picture = found.pictures[0]
+    guesses = [(f"American Staffordshire terrier, Staffy ({i})", p)
+               for i, (_, p) in enumerate(picture.predictions)]  # fmt: skip
+    found.pictures = [picture._replace(predictions=guesses)]
+    page = opened(found, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    lines = """all => all.map((e) => {
+      const text = document.createRange();
+      text.selectNodeContents(e);
+      return text.getClientRects().length;
+    })"""
+    assert set(page.locator("#guesses span:last-child").evaluate_all(lines)) == {1}
 
 
 @pytest.fixture
