@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from test_draw_gradients import misplaced
 
-from gnetlab.draw import figures, plots, style
+from gnetlab.draw import explorer, figures, plots, style
 
 STAGES = ["stem", "3a", "3b", "head"]
 
@@ -643,6 +643,27 @@ def test_correlations_of_two_networks_stand_side_by_side():
     }  # fmt: skip
     assert [line.get_ydata().tolist() for line in right.lines[:2]] == [[9, 8], [1, 0]]
     assert left.lines[0].get_color() == style.EMPHASIS
+
+
+@pytest.mark.parametrize("modules", [9, 17, 29])
+def test_the_explorers_sheet_has_room_for_many_modules_and_long_names(modules):
+    names = [f"inception4c_{i}.{b}" for i in range(1, modules + 1) for b in BRANCHES]
+    maps = {name: np.random.default_rng(0).random((1, 4, 4)) for name in names}
+    statistics = pd.DataFrame({"module": names, "branch": list(BRANCHES) * modules,
+                               "channel": 0, "deviation": 1.0})  # fmt: skip
+    likeliest = [("American Staffordshire terrier (180)", 0.107), ("W" * 30, 1.0), ("cat", 0.05)]
+    picture = explorer.Picture(
+        "a photograph's name of 40 letters, $x^$ y", "", IMAGE, likeliest, "", maps, {}, statistics
+    )
+    figure = explorer.explorer_figure(picture, note="weights of nobody")
+    assert misplaced(figure) == ([], [])
+    name, *classes = (style.as_given(text.get_text()) for text in figure.texts[:4])
+    assert name.startswith("a photograph's")
+    assert classes[0].startswith("American Staf")
+    assert [text.partition("  ")[2] for text in classes] == ["10.7%", "100.0%", "5.0%"]
+    assert [name.endswith("…"), "…" in classes[2]] == [True, False]
+    image = figure.axes[0].get_position()
+    assert 0 < image.y0 < image.y1 < 1
 
 
 def test_a_summary_says_in_numbers_what_the_panels_show():

@@ -26,6 +26,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from gnetlab.draw import style
@@ -246,7 +247,11 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
     grey = picture.pixels.mean(axis=2) / 255 * 0.45 + 0.5
     side = picture.pixels.shape[0]
     step = 5.6 / len(stages)  # inches from panel to panel
-    width, height = style.WIDTHS["page"], (step + 0.02) * len(branches) + 0.5
+    crowded = step < 0.45  # too narrow for the modules' names side by side
+    head = 0.6 if crowded else 0.3
+    pitch = max(step + 0.02, 0.36)  # and from row to row, whose names need room
+    # At least as high as the picture and what is under it.
+    width, height = style.WIDTHS["page"], max(pitch * len(branches) + head + 0.2, 2.2)
     with style.context():
         figure = Figure((width, height))
         figure.set_label(_described(picture, note))
@@ -259,12 +264,15 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
             return ax
 
         panel(0.05, 0.3, 1.2).imshow(picture.pixels)
-        figure.text(0.05 / width, 1 - 0.25 / height, picture.name, fontweight="bold")
-        likeliest = [f"{label[:22]}  {p:.1%}" for label, p in picture.predictions[:3]]
-        figure.text(0.05 / width, 1 - 1.6 / height, "\n".join(likeliest), va="top", fontsize=6.5)
+        name = figure.text(0.05 / width, 1 - 0.25 / height, "", fontweight="bold")
+        _shorten(name, picture.name, 1.35)
+        for i, (label, p) in enumerate(picture.predictions[:3]):
+            line = figure.text(0.05 / width, 1 - (1.6 + 0.13 * i) / height, "", va="top",
+                               fontsize=6.5)  # fmt: skip
+            _shorten(line, label, 1.3, f"  {p:.1%}")
         for row in chosen.itertuples():
             column = stages.index(_stage(row.module))
-            left, top = 1.58 + column * step, 0.3 + branches.index(row.branch) * (step + 0.02)
+            left, top = 1.58 + column * step, head + branches.index(row.branch) * pitch
             ax = panel(left, top, step - 0.1)
             codes = quantize(picture.maps[row.module][[row.channel]])[0][0] / 255
             tint = np.empty((*codes.shape, 4))
@@ -273,13 +281,23 @@ def explorer_figure(picture: Picture, *, note: str = "") -> Figure:
                 ax.imshow(layer, extent=(0, side, side, 0), interpolation="nearest", **options)
             ax.set_title(row.channel, fontsize=5.5, loc="center", pad=1.5)
             if row.branch == branches[0]:
-                figure.text((left + (step - 0.1) / 2) / width, 1 - 0.15 / height, stages[column],
-                            ha="center", fontweight="bold")  # fmt: skip
+                figure.text((left + (step - 0.1) / 2) / width, 1 - (head - 0.15) / height,
+                            style.plain(stages[column]), ha="center", fontweight="bold",
+                            rotation=90 if crowded else 0)  # fmt: skip
             if column == 0:
                 ax.text(-0.08, 0.5, row.branch, transform=ax.transAxes, rotation=90, ha="right",
                         va="center", fontweight="bold")  # fmt: skip
-        figure.text(0.995, 0.02, note, fontsize=5.5, color=style.QUIET, ha="right")
+        figure.text(0.995, 0.02, style.plain(note), fontsize=5.5, color=style.QUIET, ha="right")
     return figure
+
+
+def _shorten(text: Text, words: str, inches: float, end: str = "") -> None:
+    """Write `words` and `end` there, of the words as many letters as there is room for."""
+    room, kept = inches * text.figure.dpi, words
+    text.set_text(style.plain(words + end))
+    while kept and text.get_window_extent().width > room:
+        kept = kept[:-1]
+        text.set_text(style.plain(f"{kept.rstrip()}…{end}"))
 
 
 def _described(picture: Picture, note: str) -> str:
