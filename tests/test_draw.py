@@ -456,6 +456,21 @@ def test_names_of_any_characters_are_drawn_as_they_are(costs, tmp_path):
     assert [t.get_text() for t in left.get_yticklabels()] == [*map(style.plain, names.values())]
 
 
+def test_long_names_and_notes_stay_on_the_page():
+    long = "a network whose name is as long as that of a file of weights, number"
+    networks = [BY_BRANCH.assign(network=f"{long} {i}") for i in range(4)]
+    note = " ".join(f"{long} {i};" for i in range(4))
+    figure = figures.branch_statistics_figure(pd.concat(networks), note=note)
+    assert misplaced(figure) == ([], [])
+    assert len(figure.legends) == 1
+    assert len(figure.legends[0].get_texts()) == 7
+    assert figure.get_supxlabel().replace("\n", " ") == note
+    endless = figures.branch_statistics_figure(
+        pd.concat([BY_BRANCH, BY_BRANCH.assign(network="word " * 50)]).fillna({"network": "one"})
+    )
+    assert misplaced(endless) == ([], [])
+
+
 def test_save_writes_six_kinds_the_same_way_twice(costs, tmp_path):
     for folder in ("a", "b"):
         figures.save(

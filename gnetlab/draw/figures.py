@@ -43,8 +43,7 @@ def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
             figure.set_label(f"{(make.__doc__ or '').splitlines()[0]} {note}".strip())
             _finish(figure)
             if note:
-                footer = style.plain(note)
-                footer = textwrap.fill(footer, 76) if style.is_narrow(figure) else footer
+                footer = textwrap.fill(style.plain(note), 76 if style.is_narrow(figure) else 160)
                 figure.supxlabel(footer, fontsize=5.5, color=style.QUIET, x=0.995, ha="right")
             figure.call = calls.Call(styled, *given)
             if style.asked():  # for which the figure was not designed: one layout may not do
@@ -107,14 +106,25 @@ def _panels(
 def _outer_legend(
     figure: Figure, handles: Iterable, labels: Iterable[str], side: str = "upper center", **options
 ) -> None:
-    """A legend above the panels; in a narrow figure with as many columns as fit."""
-    labels = list(labels)
-    if style.is_narrow(figure):
-        labels, side = [textwrap.fill(label, 50) for label in labels], "upper center"
+    """A legend above the panels, with as many columns as fit."""
+    narrow = style.is_narrow(figure)
+    labels = [textwrap.fill(label, 50 if narrow else 100) for label in labels]
+    if narrow:
+        side = "upper center"
         longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
         fitting = int(3.4 / (0.47 + 0.05 * longest))  # inches: the handle and its gaps, letters
         options["ncols"] = max(1, min(fitting, options.get("ncols", 1)))
-    figure.legend(handles, labels, loc=f"outside {side}", **options)
+    handles = list(handles)
+    legend = figure.legend(handles, labels, loc=f"outside {side}", **options)
+    # Columns are as wide as what stands in them: here there is room to measure instead of guess.
+    while (
+        not narrow
+        and options.get("ncols", 1) > 1
+        and legend.get_window_extent().width > (figure.bbox.width)
+    ):
+        legend.remove()
+        options["ncols"] -= 1
+        legend = figure.legend(handles, labels, loc=f"outside {side}", **options)
 
 
 def _labelled(axes: Iterable[Axes], order: Iterable[str] = ()) -> tuple[list, list[str]]:
