@@ -420,6 +420,9 @@ def test_sparse_speed_is_over_the_remaining_operations(speed):
     assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "90", "99"]
     assert ax.get_xlim()[0] > ax.get_xlim()[1]  # more zeros to the right
     assert {lines[f"module {stage}"].get_marker() for stage in ("3a", "4a")} == {"o", "s"}
+    looks = [(line.get_color(), line.get_markerfacecolor(), line.get_linestyle())
+             for label, line in lines.items() if label[0] != "_" and "4a" not in label]  # fmt: skip
+    assert len(looks) == len(set(looks))  # a form's and a module's key do not look alike
 
 
 def test_sparsity_figure_has_a_panel_per_batch_size(structure, speed):
@@ -568,6 +571,10 @@ def test_resolution_names_lines_at_their_ends_without_overlap():
     assert ax.lines[0].get_ydata().tolist() == [1e4 * 32**2 / 1e9, 1e4 * 224**2 / 1e9]
     assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "--"]
     assert len(figures.scaling_figure(WIDTHS, RESOLUTIONS).axes) == 2
+    stems = RESOLUTIONS.assign(network=RESOLUTIONS.network.str.replace("VGG-16", "stem"))
+    looks = {(line.get_color(), str(line._dash_pattern)) for line in
+             plots.plot_resolution(stems).lines}  # fmt: skip
+    assert len(looks) == 3
 
 
 def test_accuracy_front_is_what_nothing_beats():
@@ -607,14 +614,28 @@ def test_predictions_stand_against_what_was_measured():
     assert points == [[[1, 0.5], [2, 1]], [[4, 8]]]  # no predicted time: at the lower edge
     assert [c.get_label() for c in ax.collections] == ["a", "b"]
     titles = [ax.get_title("left") for ax in figures.predictors_figure(TIMES, AGREEMENT).axes]
-    assert titles[0] == "Multiply-adds only: rank corr. 0.50"
-    assert titles[2] == "Calibrated: rank corr. 0.95"
+    total = "predicted / measured in total: 1.29"
+    assert titles[0] == f"Multiply-adds only: rank corr. 0.50\n{total}"
+    assert titles[2] == f"Calibrated: rank corr. 0.95\n{total}"
+
+
+def test_only_what_stands_at_the_lower_edge_is_explained():
+    later = TIMES.assign(macs_seconds=1e-3)
+    assert not plots.plot_prediction(later, "macs").texts
+    ax = plots.plot_prediction(TIMES, "macs")
+    (note,) = ax.texts
+    assert note.get_text() == "predicted to take (almost) no time"
+    assert ax.get_ylim()[0] < 0.45  # below the points at 0.5
+    axes = figures.predictors_figure(TIMES.assign(calibrated_seconds=1), AGREEMENT).axes
+    assert axes[2].get_ylim()[1] > 1000
 
 
 def test_implementations_show_both_costs():
     left, right = figures.implementations_figure(IMPLEMENTATIONS).axes
-    assert [bar.get_width() for bar in left.containers[0]] == [1000, 2000]
-    assert [bar.get_width() for bar in right.containers[0]] == [6, 7]
+    assert not left.containers + right.containers  # on a log axis bars would start anywhere
+    assert left.collections[0].get_offsets().tolist() == [[1000, 0], [2000, 1]]
+    assert right.collections[0].get_offsets().tolist() == [[6, 0], [7, 1]]
+    assert [t.get_text() for t in right.texts] == ["6.00", "7.00"]
     assert [t.get_text() for t in left.get_yticklabels()] == ["a (224 px)", "b (32 px)"]
 
 

@@ -257,8 +257,13 @@ def implementations_figure(table: pd.DataFrame) -> Figure:
     left, right = _panels(figure, 1, 2, sharey=True)[0]
     for ax, value in ((left, "macs"), (right, "parameters")):
         scale, label = plots.AXIS_UNITS[value]
-        bars = ax.barh(names, table[value] / scale, color=style.SERIES[0], height=0.6)
-        ax.bar_label(bars, [f"{v / scale:,.2f}" for v in table[value]], padding=3, fontsize=6.5)
+        # Dots: a log axis has no zero at which bars could start.
+        ax.scatter(table[value] / scale, names, color=style.SERIES[0], zorder=3, s=22)
+        for name, v in zip(names, table[value], strict=True):
+            ax.annotate(f"{v / scale:,.2f}", (v / scale, name), (6, 0), fontsize=6.5,
+                        textcoords="offset points", va="center",
+                        bbox={"facecolor": "white", "linewidth": 0, "pad": 1})  # fmt: skip
+        ax.grid(axis="y", color=style.QUIET, linewidth=0.4, alpha=0.5)
         ax.set(xscale="log", xlabel=label, xlim=(table[value].min() / scale / 2,
                                                  table[value].max() / scale * 4))  # fmt: skip
         ax.xaxis.set_major_formatter(plots.FuncFormatter(plots.plain_number))
@@ -290,14 +295,17 @@ def time_figure(shares: pd.DataFrame, variants: pd.DataFrame) -> Figure:
 def predictors_figure(times: pd.DataFrame, agreement: pd.DataFrame) -> Figure:
     """Predicted against measured time of every layer, by multiply-adds, roofline and calibration.
 
-    Columns: those of `plots.plot_prediction`; `agreement` has `predictor`, `spearman`.
+    Columns: those of `plots.plot_prediction`; `agreement` has `predictor`, `spearman`. Titles have
+    the rank correlation over the layers, and the sum of what is predicted over that measured.
     """
     figure = _figure("page", 2.7)
     axes = _panels(figure, 1, len(agreement), sharex=True, sharey=True)[0]
     titles = {"macs": "Multiply-adds only", "roofline": "Roofline", "calibrated": "Calibrated"}
     for ax, row in zip(axes, agreement.itertuples(), strict=True):
         plots.plot_prediction(times, row.predictor, ax=ax)
-        ax.set_title(f"{titles[row.predictor]}: rank corr. {row.spearman:.2f}")
+        total = times[f"{row.predictor}_seconds"].sum() / times.seconds.sum()
+        ax.set_title(f"{titles[row.predictor]}: rank corr. {row.spearman:.2f}\n"
+                     f"predicted / measured in total: {total:.2f}")  # fmt: skip
     axes[0].set_ylabel("predicted (ms)")
     axes[0].legend(loc="upper left")
     return figure

@@ -6,6 +6,8 @@ returns the axes. None titles, shows, saves, or touches global state.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -211,7 +213,8 @@ def plot_width(widths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_resolution(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Multiply-adds over image size, log axes, one line per network with its name at the end.
 
-    Columns: `network`, `side` (pixels), `macs` (count). VGG's lines are dashed.
+    Columns: `network`, `side` (pixels), `macs` (count). VGG's lines are dashed; others of one
+    colour differ in their lines.
     """
     ax = _axes(ax)
     ends = costs.groupby("network", sort=False).macs.last().sort_values()
@@ -219,12 +222,15 @@ def plot_resolution(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     heights = np.log(ends.to_numpy() / 1e9)
     for i in range(1, len(heights)):  # names of lines that end together must not overlap
         heights[i] = max(heights[i], heights[i - 1] + 0.065 * (high - low))
+    lines = {
+        color: itertools.cycle(["-", style.LINES[3], style.LINES[2]]) for color in style.SERIES
+    }
     for i, name in enumerate(ends.index):
         rows = costs[costs.network == name]
         is_vgg = name.startswith("VGG")
         color = style.SERIES[1] if is_vgg else style.SERIES[0 if i < 2 else 2]
         ax.plot(rows.side, rows.macs / 1e9, color=color, marker="o", markersize=2.5,
-                linestyle=(0, (4, 2)) if is_vgg else "-")  # fmt: skip
+                linestyle=(0, (4, 2)) if is_vgg else next(lines[color]))  # fmt: skip
         ax.annotate(name, (rows.side.iloc[-1] * 1.08, np.exp(heights[i])), fontsize=6.5,
                     color=color, va="center", annotation_clip=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="side of the image (pixels)",
@@ -283,7 +289,7 @@ def plot_prediction(times: pd.DataFrame, predictor: str, *, ax: Axes | None = No
     """Predicted against measured time per layer, log axes, with the line where they are equal.
 
     Columns: `network`, `seconds`, `{predictor}_seconds`. Layers predicted to take no time stand at
-    the lower edge.
+    the lower edge, which says so.
     """
     ax = _axes(ax)
     worked = times[times.seconds > 0]
@@ -293,6 +299,12 @@ def plot_prediction(times: pd.DataFrame, predictor: str, *, ax: Axes | None = No
         look = style.look(i)
         ax.scatter(1e3 * rows.seconds, predicted, s=9, color=look.color, marker=look.marker,
                    alpha=0.6, linewidth=0, label=network)  # fmt: skip
+    if (1e3 * worked[f"{predictor}_seconds"] < floor).any():
+        ax.annotate("predicted to take (almost) no time", (0.03, floor), (0, -4), fontsize=6.5,
+                    xycoords=ax.get_yaxis_transform(), textcoords="offset points", va="top",
+                    color=style.QUIET)  # fmt: skip
+        # Room for it. Panels may share the scale, which has yet to follow the others' points.
+        ax.update_datalim([(floor, floor * (floor / (2e3 * worked.seconds.max())) ** 0.09)])
     ends = [floor, 2e3 * worked.seconds.max()]
     ax.plot(ends, ends, color=style.QUIET, linewidth=0.7, zorder=0)
     ax.set(xscale="log", yscale="log", xlabel="measured (ms)")
@@ -496,7 +508,9 @@ def plot_sparse_speed(speed: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
                     markerfacecolor="white" if is_open else color, label="" if i else label,
                     linestyle="-" if zeros == "random" else "")  # fmt: skip
     for stage, marker in markers.items():
-        ax.plot([], [], color=style.QUIET, marker=marker, linestyle="", label=f"module {stage}")
+        # In a colour and fill that no form has.
+        ax.plot([], [], color=style.QUIET, marker=marker, markerfacecolor="white", linestyle="",
+                label=f"module {stage}")  # fmt: skip
     shares = sorted({0.0, *speed.sparsity[speed.zeros != "structural"]})
     ax.set(xscale="log", yscale="log", xlabel="zeros among the weights (%)",
            xlim=(1.25, least / 1.3), ylabel="time / dense 5x5 convolution")  # fmt: skip
