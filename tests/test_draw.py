@@ -286,7 +286,7 @@ def test_ratios_without_a_place_are_written(others):
     assert len(figure.axes[0].texts) == len(ratios)
     low, high = figure.axes[0].get_xlim()
     assert 0 < low < 2 < high < 100
-    figures.early_figure(ratios[1:])
+    figures.early_figure(ratios[1:].astype(object))
 
 
 def test_values_without_end_do_not_set_limits():

@@ -530,7 +530,7 @@ def conductance_figure(shares: pd.DataFrame) -> Figure:
     left.set(title="Passed on", ylabel=f"conductance{gap}(signed share)")
     left.legend(title="branch", title_fontsize=7, ncols=4, loc="upper center",
                 bbox_to_anchor=(0.5, -0.24))  # fmt: skip
-    whole = shares.groupby("stage", sort=False).completeness.first()
+    whole = shares.groupby("stage", sort=False).completeness.first().astype(float)
     right.axvline(1, color=style.QUIET, linewidth=0.6, zorder=0)
     right.plot(whole, whole.index, marker="o", linestyle="", color=style.EMPHASIS)
     right.invert_yaxis()

@@ -186,7 +186,7 @@ def plot_width(widths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """
     ax = _axes(ax)
     giga = widths.macs / 1e9
-    known = widths.sort_values("width")
+    known = widths[["width", "macs"]].astype(float).sort_values("width")
     ends = np.array([widths.width.min(), widths.width.max()])
     anchor = np.clip(1, *ends)
     level = np.exp(np.interp(np.log(anchor), np.log(known.width), np.log(known.macs / 1e9)))
@@ -340,6 +340,7 @@ def plot_ratios(ratios: pd.Series, *, ax: Axes | None = None) -> Axes:
     A ratio of 0 or without end has no place on that axis: it is written beside the mark.
     """
     ax = _axes(ax)
+    ratios = ratios.astype(float)
     drawn = ratios.where(np.isfinite(ratios) & (ratios > 0))
     ax.axvline(1, color=style.QUIET, linewidth=0.6)
     ax.hlines(list(ratios.index), 1, drawn, color=style.QUIET, linewidth=1)
