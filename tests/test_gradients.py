@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -695,6 +696,26 @@ def test_what_is_not_logits_is_refused(images):
         gradient_flow(Pair(), images, TARGETS)
 
 
+def test_a_head_by_another_name_is_refused_and_not_dropped(images):
+    class Output(NamedTuple):  # as torchvision's Inception v3
+        logits: torch.Tensor
+        aux_logits: torch.Tensor | None
+
+    class Headed(WithUnused):
+        head = True
+
+        def forward(self, x):
+            logits = super().forward(x)
+            return Output(logits, 2 * logits if self.head else None)
+
+    model = Headed()
+    for look in (gradient_flow, split_gradients):
+        with pytest.raises(ValueError, match="returned Output of logits, aux_logits; gradients"):
+            look(model, images, TARGETS)
+    model.head = False
+    assert set(gradient_flow(model, images, TARGETS).source) == {"main", "total"}
+
+
 def test_autocast_outside_does_not_matter(images):
     inside = flow_by_source(small(), images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -881,11 +902,18 @@ def test_what_a_recorder_keeps_does_not_change_with_the_network(images):
     assert torch.equal(recorder.state_dict()["norms"], state["norms"])
 
 
-@pytest.mark.parametrize("targets", [TARGETS.float(), F.one_hot(TARGETS), TARGETS[0]])
+@pytest.mark.parametrize(
+    "targets", [TARGETS.float(), F.one_hot(TARGETS), TARGETS[0], TARGETS.int(), TARGETS > 1]
+)
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_targets_are_class_numbers(images, targets, norm):
     with pytest.raises(ValueError, match=r"targets of shape .* targets.long\(\)"):
         gradient_flow(small(norm), images, targets)
+
+
+def test_class_numbers_may_be_bytes(images):
+    found = [gradient_flow(small(), images, of) for of in (TARGETS, TARGETS.byte())]
+    pd.testing.assert_frame_equal(*found, check_exact=True)
 
 
 def test_output_flow_of_a_network_without_named_stages(images):

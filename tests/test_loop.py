@@ -102,6 +102,17 @@ def test_heads_that_are_not_there_have_no_rows(heads):
     assert metrics[metrics.split == "test"].step.tolist() == [2]
 
 
+def test_the_heads_of_torchvisions_network_have_our_names(torchvision_googlenet):
+    data = Blobs()
+    data.size = 64
+    model = torchvision_googlenet(4, aux_logits=True)
+    _, metrics = run(model, data, steps=1, batch_size=2)
+    rows = metrics[metrics.split == "train"].set_index("source")
+    assert rows.index.tolist() == ["main", "aux1", "aux2", "total"]
+    expected = rows.loss["main"] + 0.3 * (rows.loss["aux1"] + rows.loss["aux2"])
+    assert rows.loss["total"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_heads_are_told_apart_by_name():
     model = small()
     bias = {"main": model.fc, "aux1": model.aux1.fc2, "aux2": model.aux2.fc2}

@@ -35,15 +35,40 @@ from gnetlab.measure.memory import in_one_piece
 from gnetlab.net.model import googlenet
 
 HEAD_WEIGHT = 0.3
+# A field of a GoogLeNet's output, ours or torchvision's, and which source its loss is.
+SOURCES = {
+    "logits": "main", "aux1": "aux1", "aux2": "aux2", "aux_logits1": "aux1", "aux_logits2": "aux2",
+}  # fmt: skip
 
 
 def check_targets(targets: Tensor) -> None:
-    """Raise ValueError for anything but class numbers, N."""
-    if targets.is_floating_point() or targets.dim() != 1:
+    """Raise ValueError for anything but class numbers, N, of a type that a loss can index by."""
+    if targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1:
         raise ValueError(
             f"targets of shape {tuple(targets.shape)} and {targets.dtype} were given; give one "
             "class number per image (N, int64): targets.long(), or one_hot.argmax(1)"
         )
+
+
+def logits_by_source(output: Any) -> dict[str, Tensor]:
+    """Logits of a training-mode output by source: main, and aux1, aux2 where there are such heads.
+
+    An output is one tensor, or a named tuple of ours or of torchvision's GoogLeNet; else
+    ValueError.
+    """
+    if isinstance(output, Tensor):
+        return {"main": output}
+    fields = output._asdict() if hasattr(output, "_asdict") else {}
+    found = {SOURCES.get(name, name): v for name, v in fields.items() if v is not None}
+    unknown = found.keys() - set(SOURCES.values())
+    if "main" not in found or unknown:
+        of = f" of {', '.join(fields)}" if fields else ""
+        raise ValueError(
+            f"the model returned {type(output).__name__}{of}; gradients are split for logits (one "
+            "tensor), or for a named tuple with logits and aux1, aux2 (or aux_logits1, "
+            "aux_logits2): wrap the model so that it returns one of these"
+        )
+    return {source: found[source] for source in ("main", "aux1", "aux2") if source in found}
 
 
 def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -> dict[str, Tensor]:
@@ -53,18 +78,10 @@ def weighted_losses(output, targets: Tensor, head_weight: float = HEAD_WEIGHT) -
     targets that are not one whole number per image.
     """
     check_targets(targets)
-    if isinstance(output, Tensor):
-        return {"main": F.cross_entropy(output, targets)}
-    if not hasattr(output, "logits"):
-        raise ValueError(
-            f"the model returned {type(output).__name__}; gradients are split for logits (one "
-            "tensor), or for a named tuple with logits and aux1, aux2 (or aux_logits1, aux_logits2)"
-        )
-    losses = {"main": F.cross_entropy(output.logits, targets)}
-    for number in (1, 2):
-        logits = getattr(output, f"aux{number}", getattr(output, f"aux_logits{number}", None))
-        if logits is not None:
-            losses[f"aux{number}"] = head_weight * F.cross_entropy(logits, targets)
+    losses = {}
+    for source, logits in logits_by_source(output).items():
+        loss = F.cross_entropy(logits, targets)
+        losses[source] = loss if source == "main" else head_weight * loss
     return losses
 
 

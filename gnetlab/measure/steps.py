@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gnetlab.measure.distributed import Processes
-from gnetlab.measure.gradients import GradientRecorder, weighted_losses
+from gnetlab.measure.gradients import GradientRecorder, logits_by_source, weighted_losses
 from gnetlab.measure.memory import out_of_memory, release_memory
 
 NORMS = "norms"  # of the gradients, which pass through a step beside its metrics
@@ -137,18 +137,17 @@ def _mean(parts: list[tuple[float, Metrics]]) -> Metrics:
 def _in_float(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output.float()
+    logits_by_source(output)  # refuses what is no named tuple
     return output._replace(**{k: v.float() for k, v in output._asdict().items() if v is not None})
 
 
 def _metrics(output: Any, labels: Tensor, total: Tensor) -> Metrics:
-    logits = {"main": output} if isinstance(output, Tensor) else output._asdict()
     metrics: Metrics = {}
     with torch.no_grad():
-        for source, values in logits.items():
-            if values is not None:
-                loss = F.cross_entropy(values.float(), labels)
-                accuracy = (values.argmax(1) == labels).float().mean()
-                metrics["main" if source == "logits" else source] = (loss, accuracy)
+        for source, values in logits_by_source(output).items():
+            loss = F.cross_entropy(values.float(), labels)
+            accuracy = (values.argmax(1) == labels).float().mean()
+            metrics[source] = (loss, accuracy)
     metrics["total"] = (total.detach(), None)
     return metrics
 
