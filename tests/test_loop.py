@@ -7,6 +7,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -189,6 +190,8 @@ def test_it_is_adam_if_asked(options):
         ({"heads_until": -0.1}, "heads_until=-0.1 asked"),
         ({"heads_until": 1.01}, "heads_until=1.01 asked"),
         ({"capture": True}, "capture=True asked, but the model is on cpu"),
+        ({"test_every": 0}, "test_every=0 asked; give a number of steps from 1, or None"),
+        ({"save_every": 0}, "save_every=0 asked; give a number of steps from 1"),
     ],
 )
 def test_unknown_options_are_errors_before_anything_happens(tmp_path, options, message):
@@ -290,6 +293,52 @@ def test_a_training_can_be_made_longer(tmp_path):
     path = tmp_path / "run.pt"
     run(steps=4, test_every=4, checkpoint=path)
     assert_equal(run(steps=8, test_every=4), run(steps=8, test_every=4, checkpoint=path))
+
+
+@pytest.mark.parametrize(
+    ("options", "was", "asked"),
+    [
+        ({"seed": 1}, "seed=0", "seed=1"),
+        ({"batch_size": 4, "clip": 1.0}, "batch_size=8, clip=None", "batch_size=4, clip=1.0"),
+        ({"learning_rate": 0.1}, "learning_rate=0.05", "learning_rate=0.1"),
+        ({"momentum": 0.5}, "momentum=0.9", "momentum=0.5"),
+        ({"weight_decay": lambda _: 0.1}, r"weight_decay=\[0.0\]", r"weight_decay=\[0.1\]"),
+        ({"cosine": True}, "cosine=False", "cosine=True"),
+        ({"optimizer": "adam"}, "optimizer='sgd', momentum=0.9", "optimizer='adam'"),
+        ({"steps": 1}, "for 2 steps", "steps=1"),
+    ],
+    ids=lambda of: ", ".join(of) if isinstance(of, dict) else "",
+)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, options, was, asked):
+    path, data = tmp_path / "run.pt", Blobs()
+    run(steps=2, checkpoint=path)
+    saved, model = path.read_bytes(), small(seed=77)
+    with pytest.raises(
+        ValueError,
+        match=f"cannot go on from .*run.pt: it .*{was}.* but {asked}.*another checkpoint",
+    ):
+        run(model, data, **{"steps": 4, "checkpoint": path} | options)
+    assert path.read_bytes() == saved
+    assert data.asked == []
+    assert torch.equal(model.fc.weight, small(seed=77).fc.weight)
+
+
+def test_a_checkpoint_of_numpys_numbers_is_gone_on_from(tmp_path):
+    path = tmp_path / "run.pt"
+    names = ("learning_rate", "momentum", "weight_decay", "clip")
+    options = {name: np.float64(0.1) for name in names}
+    run(steps=2, checkpoint=path, **options)
+    options = {name: value.item() for name, value in options.items()}
+    run(steps=3, checkpoint=path, **options)
+
+
+def test_a_checkpoint_without_settings_is_gone_on_from(tmp_path):
+    path = tmp_path / "run.pt"
+    run(steps=2, checkpoint=path)
+    content = torch.load(path)
+    del content["settings"]
+    torch.save(content, path)
+    assert_equal(run(steps=2), run(small(seed=77), steps=2, checkpoint=path))
 
 
 def test_a_finished_training_is_only_read(tmp_path):
@@ -462,6 +511,21 @@ def test_deterministic_algorithms_for_the_length_of_the_training(wanted):
     assert modes == [wanted] * (2 + 3)  # training and test batches
     assert not torch.are_deterministic_algorithms_enabled()
     assert_equal(found, run(steps=2))
+
+
+class Untested(Blobs):
+    def test_batches(self, batch_size=8):  # noqa: ARG002
+        return iter(())
+
+
+def test_data_without_test_images_are_refused_before_training():
+    data = Untested()
+    with pytest.raises(ValueError, match=r"test_batches\(\) of Untested gives nothing"):
+        run(data=data)
+    assert data.asked == []
+    for options in ({}, {"split": "train", "batches": 0}):
+        with pytest.raises(ValueError, match="asked of Untested, which gave no image"):
+            evaluate(small(), data, **options)
 
 
 def test_evaluate_equals_a_direct_computation():

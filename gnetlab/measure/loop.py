@@ -95,7 +95,9 @@ def train(
     distributed      under torchrun, share every batch out to its processes
     progress         a bar, on a terminal and in Jupyter only
     checkpoint       file to save to every `save_every` steps and at the end, written atomically;
-                     if it exists, training goes on from it, exactly as if never interrupted
+                     if it exists, training goes on from it, exactly as if never interrupted. The
+                     settings must be those of the file; only `steps` may be more, and a cosine and
+                     `heads_until` then follow the new number
 
     Columns: `step` (updates made), `split` (train: the batch of the step; test; train_eval: see
     `train_batches`), `source` (main, aux1, aux2, and total for train), `loss` (unweighted
@@ -113,9 +115,9 @@ def train(
     A batch that is too large for the GPU's memory is taken in two halves, with a warning; the
     frame's `attrs["parts"]` is 2 then, else 1.
 
-    Raises ValueError for unknown options and a checkpoint that cannot be gone on from, and
-    RuntimeError at a non-finite loss, with the metrics so far in its `metrics`, or if half a batch
-    does not fit into memory either.
+    Raises ValueError for unknown options, data without test images and a checkpoint that cannot be
+    gone on from, be it of other settings; RuntimeError at a non-finite loss, with the metrics so
+    far in its `metrics`, or if half a batch does not fit into memory either.
 
     >>> import gnetlab as gl
     >>> from gnetlab.net.data import load
@@ -130,6 +132,7 @@ def train(
     check_options(optimizer, heads_until)
     among = processes(device) if distributed else ALONE
     _check_batch(batch_size, among)
+    _check_every(test_every=test_every, save_every=save_every)
     _check_capture(capture, device, among)
     capture = (device.type == "cuda" and among.size == 1) if capture is None else capture
     if channels_last:
@@ -140,12 +143,25 @@ def train(
     step_of = Step(among.wrap(model), updates, among, gradients, clip, mixed_precision)
     take = Captured(step_of) if capture else step_of
     path = Path(checkpoint) if checkpoint else None
+    settings = {
+        "seed": seed, "batch_size": batch_size, "learning_rate": learning_rate,
+        "optimizer": optimizer, "cosine": cosine, "clip": clip, "head_weight": head_weight,
+        "heads_until": heads_until, "mixed_precision": mixed_precision,
+        # Adam has no momentum to differ in; weight decay may be a function.
+        **{name: updates.param_groups[0].get(name) for name in ("momentum", "nesterov")},
+        "weight_decay": [group["weight_decay"] for group in updates.param_groups],
+    }  # fmt: skip
+    # numpy's numbers as Python's: a file that holds them is not read again.
+    settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}
     records: list[dict[str, Any]] = []
     start = 0
     with as_current(device), fork_random(device), deterministic_algorithms(deterministic):
+        _check_tests(data)
         torch.manual_seed(seed)  # dropout
         if path and path.exists():
-            start, step_of.parts, records = _resume(path, model, updates, gradients, device)
+            start, step_of.parts, records = _resume(
+                path, model, updates, gradients, device, settings, steps
+            )
         among.agree(start, f"the step at which checkpoint {path} goes on")
         pending: list[tuple[int, Metrics]] = []
         quiet = not among.first or not progress or None
@@ -179,7 +195,7 @@ def train(
             if save:
                 if among.first:
                     done = step + 1, step_of.parts
-                    _save(path, model, updates, gradients, *done, records, device)
+                    _save(path, model, updates, gradients, *done, records, device, settings)
                 among.wait()
     return _frame(records, step_of.parts)
 
@@ -197,6 +213,22 @@ def _check_batch(batch_size: int, among: Processes) -> None:
         raise ValueError(
             f"batch_size={batch_size} asked, for {among.size} processes with equal parts of it; "
             f"give a multiple of {among.size}"
+        )
+
+
+def _check_every(**asked: int | None) -> None:
+    for name, steps in asked.items():
+        if steps is not None and steps < 1:
+            last = ", or None for a test at the end only" if name == "test_every" else ""
+            raise ValueError(f"{name}={steps} asked; give a number of steps from 1{last}")
+
+
+def _check_tests(data: Any) -> None:
+    """Before training: what is found after it costs all its steps."""
+    if next(iter(data.test_batches()), None) is None:
+        raise ValueError(
+            f"test_batches() of {type(data).__name__} gives nothing to test on after the training; "
+            "let it give at least one pair of images and labels, if need be of the training images"
         )
 
 
@@ -244,6 +276,11 @@ def evaluate(
             sums = sum(in_parts(scores, len(labels)), sums)
             count += len(labels)
     loss, correct, count = among.sum(torch.cat([sums, sums.new_tensor([count])])).tolist()
+    if not count:
+        raise ValueError(
+            f"{split=}, {batches=} asked of {type(data).__name__}, which gave no image; give data "
+            "with images, and at least one batch"
+        )
     return {"loss": loss / count, "accuracy": correct / count}
 
 
@@ -304,6 +341,7 @@ def _save(
     parts: int,
     records: list[dict[str, Any]],
     device: torch.device,
+    settings: dict[str, Any],
 ) -> None:
     architecture = getattr(model, "architecture", None)
     content = {
@@ -313,6 +351,7 @@ def _save(
         "gradients": gradients.state_dict() if gradients else None,
         "step": step,
         "parts": parts,
+        "settings": settings,
         "records": records,
         "random": torch.get_rng_state(),
         "random_cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -329,11 +368,21 @@ def _save(
 
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
-    gradients: GradientRecorder | None, device: torch.device,
+    gradients: GradientRecorder | None, device: torch.device, settings: dict[str, Any], steps: int,
 ) -> tuple[int, int, list[dict[str, Any]]]:  # fmt: skip
     """Steps done, parts that a batch is taken in, and records."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        done, before = content["step"], content.get("settings", {})  # older files have none
+    except Exception as error:  # torch.load raises many kinds
+        raise _refused(path, f"{type(error).__name__}: {str(error)[:200]}") from error
+    other = [name for name, value in before.items() if settings.get(name) != value]
+    if other:
+        was, asked = (", ".join(f"{n}={of.get(n)!r}" for n in other) for of in (before, settings))
+        raise _refused(path, f"it was trained with {was}, but {asked} asked")
+    if done > steps:
+        raise _refused(path, f"it was trained for {done} steps, but steps={steps} asked")
+    try:
         model.load_state_dict(content["model"])
         saved = content["optimizer"]
         for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
@@ -345,9 +394,13 @@ def _resume(
         torch.set_rng_state(content["random"])
         if device.type == "cuda" and content["random_cuda"] is not None:
             torch.cuda.set_rng_state(content["random_cuda"], device)
-        return content["step"], content["parts"], content["records"]
-    except Exception as error:  # torch.load raises many kinds
-        raise ValueError(
-            f"cannot go on from {path}: {type(error).__name__}: {str(error)[:200]}. Delete the "
-            "file to start anew, or give another checkpoint path"
-        ) from error
+        return done, content["parts"], content["records"]
+    except Exception as error:  # so do they
+        raise _refused(path, f"{type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _refused(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"cannot go on from {path}: {reason}. Delete the file to start anew, or give another "
+        "checkpoint path"
+    )

@@ -200,6 +200,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:  # fmt: skip
     """SGD or Adam as `train` takes them; for `capture` as a CUDA graph can run them."""
     groups, device = _groups(model, weight_decay), next(model.parameters()).device
+    rate, momentum = float(rate), float(momentum)  # numpy's too: checkpoints hold none of those
     # One pass over the memory instead of one per operation.
     fused = {"fused": device.type in ("cpu", "cuda")}
     if capture:  # a graph reads the learning rate from the device
@@ -223,7 +224,7 @@ def _groups(model: nn.Module, weight_decay: float | Callable[[str], float]) -> l
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay(name) if callable(weight_decay) else weight_decay
-        groups.setdefault(decay, []).append(parameter)
+        groups.setdefault(float(decay), []).append(parameter)
     return [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
 
 
