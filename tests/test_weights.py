@@ -141,6 +141,20 @@ def test_imagenet_weights_give_torchvisions_outputs(hub, monkeypatch, torchvisio
     torch.testing.assert_close(predict(model.double(), x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_imagenet_weights_are_known_by_their_digest_at_any_path(
+    tmp_path, monkeypatch, torchvision_googlenet
+):
+    theirs = torchvision_googlenet(1000, aux_logits=True)
+    place_imagenet(monkeypatch, tmp_path / "moved.pth", theirs.state_dict())
+    theirs.transform_input = True
+    model = googlenet(weights=tmp_path / "moved.pth")
+    assert model.architecture == PRESETS["torchvision"].change(heads=(), transform_input=True)
+    assert model.weights_note.startswith("ImageNet")
+    x = images(96).double()
+    expected = predict(theirs.double(), x)
+    torch.testing.assert_close(predict(model.double(), x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_imagenet_weights_bring_their_heads_where_asked(hub, monkeypatch, torchvision_googlenet):
     theirs = torchvision_googlenet(1000, aux_logits=True)
     place_imagenet(monkeypatch, hub / IMAGENET_FILE, theirs.state_dict())
@@ -356,6 +370,17 @@ def test_a_training_checkpoint_restores_its_architecture(tmp_path):
     assert again.architecture == model.architecture.change(dropout=0.3, heads=())
 
 
+def test_a_checkpoint_of_a_fine_tuned_network_has_the_classes_of_its_last_layer(tmp_path):
+    model = small("cifar", num_classes=7)
+    model.fc = nn.Linear(model.fc.in_features, 3)
+    content = {"model": model.state_dict(), "architecture": dataclasses.asdict(model.architecture)}
+    torch.save(content, tmp_path / "run.pt")
+    for options in ({}, {"num_classes": 3}):
+        loaded = googlenet(weights=tmp_path / "run.pt", **options)
+        assert same_state(loaded, model)
+        assert loaded.architecture == model.architecture.change(num_classes=3)
+
+
 def test_a_training_checkpoint_without_architecture_needs_its_preset(tmp_path):
     model = small("cifar")
     torch.save({"model": model.state_dict()}, tmp_path / "run.pt")
@@ -517,6 +542,27 @@ def test_a_bare_state_dict_says_what_network_it_is_of(tmp_path, preset, options)
     assert model.architecture.change(name="") == made.architecture.change(name="")
 
 
+@pytest.mark.parametrize(
+    ("made", "given", "assumed"),
+    [
+        ({"norm": None}, {}, " (assumed: pool4_size=3, transform_input=False, norm='lrn')"),
+        ({"norm": None}, {"norm": None, "pool4_size": 3}, " (assumed: transform_input=False)"),
+        (
+            {"norm": "batch"}, {"transform_input": "caffe"},
+            " (assumed: pool4_size=3, batch_norm_eps=0.001)",
+        ),
+        (
+            {"norm": None}, {"norm": None, "pool4_size": 2, "transform_input": True}, ""
+        ),
+    ],
+)  # fmt: skip
+def test_the_note_says_what_a_state_dict_does_not_tell(tmp_path, made, given, assumed):
+    made = googlenet(width=0.1, num_classes=3, seed=1, aux=False, **made)
+    path = save(made.state_dict(), tmp_path / "bare.pth")
+    model = googlenet(weights=path, width=0.1, **given)
+    assert model.weights_note == f"weights from bare.pth{assumed}"
+
+
 def test_what_bundled_training_writes_loads_by_its_path():
     model = googlenet(weights=BUNDLED)
     assert same_state(model, googlenet(weights="bundled"))
@@ -528,6 +574,8 @@ def test_a_fingerprint_tells_weights_apart():
     with torch.no_grad():
         same.fc.bias[0] += 1e-6
     assert weights.fingerprint(one) != weights.fingerprint(same)
+    halves = [weights.fingerprint(model.bfloat16()) for model in (one, same)]
+    assert halves[0] == weights.fingerprint(one) == halves[1]  # what differed is rounded away
 
 
 def test_weights_of_another_number_of_classes_say_how_to_fine_tune():

@@ -323,7 +323,9 @@ def googlenet(
                  that neither fits), "bvlc:PATH" or PATH of BVLC GoogLeNet's .onnx file (the paper's
                  own network; images are normalized as for any other), or the path of a checkpoint
                  (.pth, .pt, .safetensors; our keys or torchvision's), from which classes, norm,
-                 width and kernels are taken
+                 width and kernels are taken; what a plain state dict does not tell (no
+                 normalization or LRN, pool4_size, transform_input, batch_norm_eps) has to be given
+                 where it is not the preset's: `weights_note` says what was assumed
     aux          auxiliary heads: True, False, "aux1", "aux2"; None means the preset's own
     num_classes  None means the preset's own
     width        multiplies the channel counts, which stay at least 4; None means the preset's own
@@ -390,11 +392,18 @@ def _pretrained(
         saved = checkpoint.architecture and preset == "paper"
         if saved:
             base = loading.saved_architecture(checkpoint.architecture, found.path)
+            # A network that was given a new last layer has more or fewer than it was built with.
+            classes = loading.implied(checkpoint.state).get("num_classes", base.num_classes)
+            base = base.change(num_classes=classes)
         elif preset == "paper" and found.preset is None:
             fields = loading.implied(checkpoint.state)
             if fields.get("norm") == "batch" and fields.get("branch5x5") == "3x3":
                 base = architecture("torchvision")
             base = base.change(**fields)
+            unseen = loading.assumed(base.change(**changes), changes)
+            found = found._replace(
+                note=f"{found.note} (assumed: {unseen})" if unseen else found.note
+            )
         if "heads" not in changes and not saved:
             stored = tuple(h for h in base.heads if f"{h}.fc1.weight" in checkpoint.state)
             base = base.change(heads=stored)

@@ -2,7 +2,7 @@
 
 `find()`                  what a `weights=` argument stands for
 `read_checkpoint()`       a .pth, .pt, .safetensors or .onnx file as a state dict with our names
-`implied()`               what a state dict's names and shapes tell about its network
+`implied()`, `assumed()`  what a state dict tells about its network, and what it does not
 `fill()`                  copy a state dict into a network, or say which keys and shapes differ
 `calibrate_batch_norm()`  running statistics for a random network, so that it can be looked at
 
@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,15 +71,17 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        # As bytes: numpy has no bfloat16.
+        values = value.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def find(weights: str | Path) -> Found:
     """Locate weights: "imagenet", "bundled", "auto", "bvlc:PATH" or a path.
 
-    ImageNet's are fetched into torch.hub's cache; the bundled ones came with gnetlab; BVLC's come
-    from a file (see `gnetlab.net.bvlc`).
+    ImageNet's are fetched into torch.hub's cache, and are known by their digest elsewhere too; the
+    bundled ones came with gnetlab; BVLC's come from a file (see `gnetlab.net.bvlc`).
 
     "auto" takes ImageNet's where they are in the cache or can be fetched, else the bundled ones; a
     damaged file is an error, not a reason to fall back. Raises RuntimeError without a network for
@@ -110,11 +113,17 @@ def find(weights: str | Path) -> Found:
     if original:
         changes = {"transform_input": "caffe"}
         return Found(path, bvlc.NOTE, "paper", changes, _imagenet_classes())
+    if _sha256(path).startswith(IMAGENET_SHA256):  # which need their input transform here too
+        return _imagenet_at(path)
     return Found(path, f"weights from {path.name}")
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _bundled() -> Found:
-    digest = hashlib.sha256(BUNDLED.read_bytes()).hexdigest() if BUNDLED.is_file() else "missing"
+    digest = _sha256(BUNDLED) if BUNDLED.is_file() else "missing"
     if digest != BUNDLED_SHA256:
         raise ValueError(
             f"{BUNDLED} is damaged: its SHA-256 is {digest}, expected {BUNDLED_SHA256}. Install "
@@ -148,12 +157,16 @@ def _imagenet() -> Found:
             pass  # torch.hub waits for ever where nothing answers; this does not
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=IMAGENET_SHA256)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = _sha256(path)
     if not digest.startswith(IMAGENET_SHA256):
         raise ValueError(
             f"{path} is not torchvision's GoogLeNet: its SHA-256 starts with {digest[:8]}, "
             f"expected {IMAGENET_SHA256}. Delete the file and try again"
         )
+    return _imagenet_at(path)
+
+
+def _imagenet_at(path: Path) -> Found:
     note = "ImageNet weights (torchvision IMAGENET1K_V1; its '5x5' branch is a 3x3)"
     changes = {"transform_input": True, "heads": ()}  # the checkpoint's heads are untrained
     return Found(path, note, "torchvision", changes, _imagenet_classes())
@@ -251,6 +264,13 @@ def implied(state: dict[str, Tensor]) -> dict[str, Any]:
         twice = "inception3a.branch5x5.conv2.conv.weight" in state
         fields["branch5x5"] = "3x3+3x3" if twice else "3x3"
     return fields
+
+
+def assumed(arch: Architecture, known: Iterable[str]) -> str:
+    """In words, what outputs depend on and a state dict does not tell, but for what is `known`."""
+    fields = ["pool4_size", "transform_input"]
+    fields += ["batch_norm_eps"] if arch.norm == "batch" else ["norm"]
+    return ", ".join(f"{name}={getattr(arch, name)!r}" for name in fields if name not in known)
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
