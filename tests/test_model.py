@@ -15,6 +15,7 @@ from gnetlab.net.model import (
     HeadPool,
     Inception,
     InputTransform,
+    LocalResponseNorm,
     SeparableUnit,
     branch_names,
     googlenet,
@@ -237,6 +238,17 @@ def test_paper_normalizes_with_lrn_after_pool1_and_conv2_only():
         assert (lrn.size, lrn.alpha, lrn.beta, lrn.k) == (5, 1e-4, 0.75, 1.0)
     steps = [name for name, _ in model.named_children()]
     assert steps[:7] == ["conv1", "pool1", "lrn1", "conv2_reduce", "conv2", "lrn2", "pool2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_lrn_takes_half_precision_on_a_cpu_and_is_pytorchs_in_float32(dtype):
+    lrn, theirs = (kind(5, 1e-4, 0.75, 1.0) for kind in (LocalResponseNorm, nn.LocalResponseNorm))
+    x = torch.full((1, 9, 2, 2), 300.0)  # whose square is no float16
+    assert torch.equal(lrn(x), theirs(x))
+    assert torch.equal(lrn(x.to(dtype)), theirs(x.to(dtype).float()).to(dtype))
+    x = torch.rand(1, 9, 2, 2, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lrn(x), theirs(x))
 
 
 @pytest.mark.parametrize(("norm", "expected"), [("batch", 57), ("lrn", 0), (None, 0)])

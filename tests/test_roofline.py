@@ -1,5 +1,7 @@
 """Predicted and measured times per layer."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -183,3 +185,11 @@ def test_wrong_devices_and_batches_are_refused(model):
         roofline(costs, "gpu")
     with pytest.raises(ValueError, match="batch_size=0 asked; give at least 1"):
         roofline(costs, batch_size=0, calibration=MADE_UP)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_is_calibrated_in_half_precision(dtype):
+    found = calibrate("cpu", dtype=dtype)
+    assert found.dtype == str(dtype).removeprefix("torch.")
+    assert 0 < found.normalizing < math.inf
+    assert found.overheads["local_response_norm"] > 0

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from gnetlab.measure.devices import device_name, resolve_device, wait
 from gnetlab.measure.layers import layer_times
+from gnetlab.net.model import LocalResponseNorm
 
 PREDICTORS = ("macs", "roofline", "calibrated")
 
@@ -89,7 +90,7 @@ def _calibrate(where: str, name: str, dtype: torch.dtype, channels_last: bool) -
         images = tensor(scale**2, 192, 28, 28).contiguous(memory_format=layout)
         pooling = _seconds(lambda: F.max_pool2d(images, 3, 1, 1), device)
         averaging = _seconds(lambda: F.avg_pool2d(images, 3, 1, 1), device)
-        normalizing = _seconds(lambda: F.local_response_norm(images, 5), device)
+        normalizing = _seconds(lambda: LocalResponseNorm(5)(images), device)
         matrix, vector = tensor(4096 * scale, 4096), tensor(1, 4096)
         reading = _seconds(lambda: F.linear(vector, matrix), device)
     return Calibration(
@@ -114,7 +115,7 @@ class _Little(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.LocalResponseNorm(3),
+            nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), LocalResponseNorm(3),
             nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Linear(8, 8),
         )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from gnetlab.net.model import BRANCHES, GoogLeNet, InputTransform
+from gnetlab.net.model import BRANCHES, GoogLeNet, InputTransform, LocalResponseNorm
 
 TORCHVISION = "torchvision.models.googlenet.GoogLeNet"
 STAGES = {  # torchvision's names: ours
@@ -128,7 +128,7 @@ def _stage(name: str, step: nn.Module, merge: bool) -> nn.Module:
         return _inception(name, step, merge)
     if name.startswith("conv"):
         return _unit(name, step)
-    if type(step) is nn.LocalResponseNorm:
+    if type(step) in (nn.LocalResponseNorm, LocalResponseNorm):
         return FastResponseNorm(step.size, step.alpha, step.beta, step.k)
     if name not in KEPT:
         raise _unknown(name, step)

@@ -179,6 +179,15 @@ class InputTransform(nn.Module):
         return x * self.scale + self.shift
 
 
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """nn.LocalResponseNorm, which on a CPU takes half precision too: in float32, for want of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16) and not _casts(x):
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
 class GoogLeNet(nn.Module):
     """The network of an `Architecture`: N x in_channels x H x W -> N x num_classes.
 
@@ -228,7 +237,7 @@ class GoogLeNet(nn.Module):
             self.conv1 = ConvUnit(arch, arch.in_channels, first, 7, 2)
         self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
         if arch.norm == "lrn":
-            self.lrn1 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+            self.lrn1 = LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
         if arch.stem == "inception":
             self.inception2 = Inception(arch, first, arch.module_widths("inception2"))
             second = self.inception2.out_channels
@@ -236,7 +245,7 @@ class GoogLeNet(nn.Module):
             self.conv2_reduce = ConvUnit(arch, first, first, 1)
             self.conv2 = ConvUnit(arch, first, second, 3)
         if arch.norm == "lrn":
-            self.lrn2 = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
+            self.lrn2 = LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
         self.pool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
         return second
 
