@@ -209,6 +209,17 @@ def test_a_training_step_is_the_loss_of_every_output_and_its_gradients():
         assert all(map(torch.allclose, found, expected))  # of this step alone
 
 
+def test_outputs_by_name_take_part_in_a_training_step():
+    class Named(Heads):
+        def forward(self, x):
+            output = super().forward(x)
+            return {"out": output.logits, "aux": output.aux2, "nothing": None}
+
+    model = Named()
+    measure(model, batch_sizes=(3,), step="training")
+    assert all(p is not None for p in model.notes[1])
+
+
 def test_googlenet_trains_with_its_heads():
     model = gl.googlenet("torchvision", width=0.1, num_classes=3)
     ran = []

@@ -119,6 +119,20 @@ def test_a_channel_that_sleeps_at_the_start_is_woken():
     assert (frame.reached > 0).all()
 
 
+def test_a_channel_is_woken_ahead_of_a_relu_in_place_too():
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(in_place)))
+        nn.init.constant_(net[0][0].bias, -0.4)
+        found.append(visualize_channel(net, "0", [0], steps=30, size=32))
+        assert net[0][1].inplace == in_place
+    plain, other = found
+    assert plain.frame.start[0] == 0 < plain.frame.reached[0]
+    pd.testing.assert_frame_equal(other.frame, plain.frame, check_exact=True)
+    assert np.array_equal(other.images, plain.images)
+
+
 def test_more_steps_reach_more(planted):
     frames = [visualize_channel(planted, "first", 0, steps=s, size=32).frame for s in (0, 4, 16)]
     reached = [frame.reached.item() for frame in frames]

@@ -202,7 +202,8 @@ def _run(model: nn.Module, shape: tuple, setting: Setting, device: torch.device)
     def training() -> None:
         with torch.enable_grad():
             output = call(images)
-            outputs = [output] if isinstance(output, Tensor) else filter(torch.is_tensor, output)
+            outputs = output.values() if isinstance(output, Mapping) else output
+            outputs = [output] if isinstance(output, Tensor) else filter(torch.is_tensor, outputs)
             sum(map(_loss, outputs)).backward()
         model.zero_grad(set_to_none=True)
 

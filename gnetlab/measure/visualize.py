@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -87,10 +87,11 @@ def visualize_channel(
 
     An image is a spectrum weighted by 1 / frequency, in colours that are uncorrelated in
     photographs. A channel that is zero everywhere is raised where it is nearest to waking up, ahead
-    of its ReLU. The forward pass stops at the module. Columns of the frame: `module`, `stage`,
-    `branch`, `channel` (in the branch), `concat_index` (in the Inception module's output, NA
-    elsewhere), `start`, `reached` (the objective on the whole image, untransformed: at the start,
-    nearly grey, and at the end; no unit).
+    of its ReLU, if that is an nn.ReLU and the module's last step (else the image stays grey). The
+    forward pass stops at the module. Columns of the frame: `module`, `stage`, `branch`, `channel`
+    (in the branch), `concat_index` (in the Inception module's output, NA elsewhere), `start`,
+    `reached` (the objective on the whole image, untransformed: at the start, nearly grey, and at
+    the end; no unit).
 
     The model is put into eval mode for the call; its gradients and the global random state stay as
     they are. Raises ValueError for unknown names, channels and objectives, RuntimeError for a
@@ -110,7 +111,7 @@ def visualize_channel(
         raise ValueError(f"steps={steps}, size={size} asked; give steps >= 0 and size >= 1")
     channels = [channels] if isinstance(channels, int | np.integer) else list(channels)
     channels = [c.item() if isinstance(c, Tensor) else c for c in channels]
-    with torch.enable_grad(), in_mode(model, training=False):
+    with torch.enable_grad(), in_mode(model, training=False), _out_of_place(model):
         units = _units(model, name, channels, next(model.parameters()).new_zeros(1, 3, size, size))
 
         def excite(part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,6 +128,19 @@ def visualize_channel(
     frame = pd.DataFrame(rows, columns=columns).astype({"concat_index": "Int64"})
     pixels = (image * 255).round().byte().permute(0, 2, 3, 1)
     return Visualized(pixels.cpu().numpy(), frame)
+
+
+@contextlib.contextmanager
+def _out_of_place(model: nn.Module) -> Iterator[None]:
+    """ReLUs leave their inputs as they are, to be looked at."""
+    changed = [m for m in model.modules() if isinstance(m, nn.ReLU) and m.inplace]
+    try:
+        for module in changed:
+            module.inplace = False
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True
 
 
 def _ascent(
@@ -189,8 +203,7 @@ def _outputs(model: nn.Module, names: set[str], images: Tensor) -> dict[str, Ten
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        before = isinstance(module, nn.ReLU) and not module.inplace
-        outputs[name] = inputs[0] if before else output
+        outputs[name] = inputs[0] if isinstance(module, nn.ReLU) else output
         if outputs.keys() == names:
             raise _Reached
 
