@@ -193,6 +193,13 @@ def test_heads_stand_where_section_5_puts_them():
     assert HEAD_AFTER == {"aux1": "4a", "aux2": "4d"}
 
 
+def test_heads_by_a_single_name_are_told_from_a_tuple_of_letters():
+    with pytest.raises(
+        ValueError, match=r"heads = 'aux1' asked; give a tuple of names, \('aux1',\)"
+    ):
+        architecture("paper", heads="aux1")
+
+
 def test_an_unknown_preset_has_a_nearest():
     with pytest.raises(KeyError, match=r"unknown preset 'papper'. Did you mean 'paper'"):
         PRESETS["papper"]

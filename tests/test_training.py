@@ -423,6 +423,7 @@ def test_a_damaged_record_is_an_error_that_names_the_file(tmp_path, ran, kept):
         ({"seed": [0, 1], "norm": ()}, {}, "no experiments"),
         ([], {}, "no experiments"),
         ({"seed": [0], "norm": ["none", "group"]}, {}, "norm='group'"),
+        ({"norm": ["none", "lrn"]}, {"stem": "cifar"}, "would be that of norm='none'"),
         ({"seed": [0]}, {"init": "zeros"}, "init='zeros'"),
         ({"seed": [0]}, {"frame": "norms"}, "frame='norms' asked; choose metrics or gradients"),
         ({"seed": [0]}, {"device": "tpu"}, "device='tpu'"),

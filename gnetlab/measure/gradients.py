@@ -90,9 +90,11 @@ def split_gradients(
 ) -> dict[str, dict[str, Tensor]]:
     """Gradient of every weight by source: layer name -> source -> tensor like the weight.
 
-    Weights are parameters of more than one dimension (biases and batch norm left out). A source
-    that does not reach a layer (aux1 above 4a, aux2 above 4d) is absent, and so is a layer that
-    none reaches; "total" is the sum.
+    Weights are parameters called `weight`, of more than one dimension: biases and batch norm are
+    left out, and so is what goes by another name (`in_proj_weight` of attention, `weight_orig` of
+    pruned layers, what torch.nn.utils.parametrizations makes a weight of). A source that does not
+    reach a layer (aux1 above 4a, aux2 above 4d) is absent, and so is a layer that none reaches;
+    "total" is the sum.
 
     The model runs once, in training mode. Its mode, buffers (batch-norm statistics), `.grad` and
     the random state are as before afterwards, so that looking does not change a training.
@@ -222,7 +224,8 @@ def gradient_flow(
 ) -> pd.DataFrame:
     """How much gradient reaches each layer, by loss source, for one batch.
 
-    model        gnetlab's or torchvision's GoogLeNet, or any network that returns logits
+    model        gnetlab's or torchvision's GoogLeNet, or any network that returns logits; of its
+                 weights those that `split_gradients` takes
     images       N x C x H x W, and targets, N class numbers (int64), both on the model's device
     head_weight  of each auxiliary loss (the paper's 0.3, section 5)
 
@@ -413,7 +416,7 @@ def gradient_noise(
 class GradientRecorder:
     """Keeps the gradient's size at every step of a training, and its sources every `every` steps.
 
-    model   the one that is trained
+    model   the one that is trained; of its weights those that `split_gradients` takes
     every   steps between splits by source; 0 never splits
 
     `totals()` and `splits()` are the frames. Training goes on bit for bit as without it (but

@@ -100,6 +100,11 @@ class Experiment:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name}={value!r} asked; choose one of {', '.join(known)}")
+        if self.stem == "cifar" and self.norm == "lrn":
+            raise ValueError(
+                "norm='lrn' asked with stem='cifar', which has none of the pools that LRN follows: "
+                "the network would be that of norm='none'; ask for that, or for stem='compact'"
+            )
         init = _initialization(self.init)
         if isinstance(init, tuple):  # "gain 1" and "gain 1.0" are the same experiment
             object.__setattr__(self, "init", f"gain {init[1]:g}")

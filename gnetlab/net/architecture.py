@@ -109,7 +109,8 @@ def _unknown(what: str, name: object, known: list[str]) -> str:
 class Architecture:
     """What decides the shape of a network. Every field can be changed through `googlenet()`.
 
-    norm            "batch" after every convolution; "lrn" after pool1 and conv2, as the paper; None
+    norm            "batch" after every convolution; "lrn" after pool1 and conv2, as the paper (so
+                    nowhere with the stem "cifar", which has neither); None
     stem            "paper" (7x7/2), "separable" (7x7 depthwise x8, then 1x1: the stem that fits
                     Table 1), "cifar" (one 3x3 of 192), "compact" (3x3/1, pool, 1x1, 3x3, pool),
                     "inception" (modules in place of conv1 and conv2, see `EARLY_MODULES`)
@@ -150,6 +151,10 @@ class Architecture:
         _check_choice("head_pool", self.head_pool, ("5x5/3", "adaptive"))
         _check_choice("pool4_size", self.pool4_size, (2, 3))
         _check_choice("transform_input", self.transform_input, (False, True, "caffe"))
+        if isinstance(self.heads, str):
+            raise ValueError(
+                f"heads = {self.heads!r} asked; give a tuple of names, ({self.heads!r},)"
+            )
         for head in self.heads:
             _check_choice("a head", head, tuple(HEAD_AFTER))
         if len(set(self.heads)) < len(self.heads):
