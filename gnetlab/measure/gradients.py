@@ -476,11 +476,9 @@ class GradientRecorder:
         gradients = [p.grad for p in self._layers.values() if p.grad is not None]
         if not gradients:
             raise RuntimeError("no weight has a gradient; call this after the backward pass")
-        # In float32 the square of what is below 1e-22 is zero; MPS has nothing else.
-        dtype = torch.float32 if gradients[0].is_mps else torch.float64
         # What clip_grad_norm_ uses: a few kernels for all layers, and no wait for the device.
-        found = iter(torch._foreach_norm(gradients, dtype=dtype))
-        missing = gradients[0].new_full((), float("nan"), dtype=dtype)
+        found = iter(torch._foreach_norm(gradients))
+        missing = gradients[0].new_full((), float("nan"))
         return torch.stack(
             [missing if p.grad is None else next(found) for p in self._layers.values()]
         )
@@ -532,8 +530,7 @@ class GradientRecorder:
         """Go on from what `state_dict` gave."""
         device = next(iter(self._layers.values())).device
         norms = state["norms"]
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._norms = [] if norms is None else list(norms.to(device, dtype))
+        self._norms = [] if norms is None else list(norms.to(device))
         self._splits = [
             (step, _Products([(name, tuple(sources)) for name, sources in layout], values))
             for step, layout, values in state["splits"]
