@@ -489,7 +489,11 @@ class GradientRecorder:
         self.step += 1
 
     def totals(self) -> pd.DataFrame:
-        """Columns: `step` (updates made before), `module`, `stage`, `branch`, `gradient_rms`."""
+        """Columns: `step` (updates made before), `module`, `stage`, `branch`, `gradient_rms`.
+
+        Norms are taken in the gradients' own precision, ten times as fast as in float64: float32
+        has no squares of what is below 1e-22, which count as 0 here. `gradient_flow` sees them.
+        """
         names = list(self._layers)
         roots = np.array([p.numel() ** 0.5 for p in self._layers.values()])
         table = self._table() / roots
