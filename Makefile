@@ -26,6 +26,7 @@ lab: .venv/installed ## JupyterLab on the notebooks
 	@echo "Installing into .venv (once; PyTorch alone is some gigabytes)"
 	@if command -v uv >/dev/null; then \
 	  uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
+	  UV_CONSTRAINT="$${UV_CONSTRAINT:-$$PIP_CONSTRAINT}" \
 	  uv pip install --quiet --python $(BIN)/python $(COMPAT) --editable '.[test,counters,browser]'; \
 	else \
 	  $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet $(COMPAT) --editable '.[test,counters,browser]'; \
@@ -34,4 +35,5 @@ lab: .venv/installed ## JupyterLab on the notebooks
 
 clean: ## remove what the commands made, the virtual environment included
 	rm -rf .venv reports build *.egg-info .pytest_cache .ruff_cache
-	find gnetlab tests notebooks benchmarks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find gnetlab tests notebooks benchmarks \( -name __pycache__ -o -name .ipynb_checkpoints \) \
+	  -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ import builtins
 import doctest
 import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -182,3 +183,27 @@ def test_no_path_of_a_machine_in_tracked_text():
     ).stdout.split("\n"):
         if path and Path(path).suffix in {".py", ".md", ".ipynb", ".json", ".toml", ".yml", ".csv"}:
             assert not suspicious.search((ROOT / path).read_text()), path
+
+
+def test_make_clean_removes_caches_alone_whatever_folders_are_called(tmp_path):
+    caches = ("a b/__pycache__", "b/.ipynb_checkpoints", "__pycache__")
+    for folder in (*caches, "a", "b/kept"):
+        (tmp_path / "gnetlab" / folder).mkdir(parents=True)
+    for name in ("tests", "notebooks", "benchmarks"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True)
+    left = {p.relative_to(tmp_path / "gnetlab").as_posix() for p in tmp_path.glob("gnetlab/**/*")}
+    assert left == {"a", "a b", "b", "b/kept"}
+
+
+def test_uv_keeps_to_the_constraints_that_pip_is_given(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\n[ "$1" = venv ] && mkdir -p .venv || echo "$UV_CONSTRAINT" > asked\n')
+    uv.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PIP_CONSTRAINT", "pinned.txt")
+    monkeypatch.delenv("UV_CONSTRAINT", raising=False)
+    make = ["make", "-f", ROOT / "Makefile", f"PYTHON={sys.executable}", ".venv/installed"]
+    subprocess.run(make, cwd=tmp_path, check=True)
+    assert (tmp_path / "asked").read_text().strip() == "pinned.txt"
