@@ -38,6 +38,8 @@ DEVICES = "auto, cpu, cuda, cuda:1 (the second) or mps"
 
 def main() -> None:
     """Entry point of the `gnetlab` command."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack an arrow, or a file's name
     app()
 
 

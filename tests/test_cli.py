@@ -1,8 +1,11 @@
 """The command line: tables, files and exit statuses."""
 
 import contextlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -293,3 +296,10 @@ def test_a_device_that_does_not_work_is_said_before_anything_runs(run, tmp_path,
     assert result.exit_code == 2
     assert "device='cuda' asked, but PyTorch cannot use such a device" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_console_that_lacks_a_character_does_not_end_a_command():
+    code = "from gnetlab import cli; cli.app = lambda: print('seed 0 \u2192 1'); cli.main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert said.stdout.strip() == b"seed 0 ? 1", said.stderr

@@ -191,6 +191,30 @@ class TestIncremental:
 
 
 class TestFaults:
+    def test_nothing_is_left_running_whatever_goes_wrong_here(self, tmp_path):
+        path = write(tmp_path / "n.ipynb", CHILD.format("7391.5"), "import time; time.sleep(600)")
+
+        def progress(job):
+            if job.cell == 3:
+                until(lambda: sleepers("7391.5"))
+                raise RuntimeError("of the one who draws it")
+
+        with pytest.raises(RuntimeError, match="who draws it"):
+            runner.run(plan([path]), tmp_path / "out", progress=progress)
+        assert not sleepers("7391.5")
+        assert not list((tmp_path / "out").glob(".part-*"))
+
+    def test_a_result_that_became_a_link_is_replaced_again_and_again(self, tmp_path):
+        path, out = write(tmp_path / "n.ipynb", "1"), tmp_path / "out"
+        run([path], out)
+        (out / "n").rename(tmp_path / "elsewhere")
+        (out / "n").symlink_to(tmp_path / "elsewhere")
+        for _ in range(2):
+            assert run([path], out, force=True)["n"]["status"] == "done"
+        assert not (out / "n").is_symlink()
+        assert (tmp_path / "elsewhere" / "n.ipynb").is_file()
+        assert not list(out.glob(".part-*"))
+
     def test_a_notebook_that_hangs_and_ignores_interrupts_is_ended_at_its_deadline(
         self, tmp_path, monkeypatch
     ):

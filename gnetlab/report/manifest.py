@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import hashlib
@@ -174,7 +175,7 @@ def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Pat
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
         raise ReportError(f"{target} holds no published figures (no manifest.json); move it away")
     part = target.with_name(f".part-{target.name}")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     part.mkdir(parents=True)
     copied = []
     for entry in entries:
@@ -190,16 +191,25 @@ def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Pat
 def replace(part: Path, target: Path) -> None:
     """Put a folder in the place of another; a reader finds the old one or the new one."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
+    if not os.path.lexists(target):
         os.replace(part, target)
     elif _exchange(part, target):
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
     else:
         old = target.with_name(f".old-{target.name}")
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.replace(target, old)
         os.replace(part, target)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link (not what it leads to), as far as that can be done."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -121,7 +121,7 @@ def run(
     started, begun, place = _now(), time.monotonic(), place or Here(workers)
     try:
         for part in output.glob(".part-*"):  # of a run that was killed
-            shutil.rmtree(part, ignore_errors=True)
+            manifest.remove(part)
         for job in jobs:
             if job.status == "queued":
                 cache.restore(job, output, force, place.threads(job))
@@ -212,13 +212,18 @@ class _Run:
                 multiprocessing.connection.wait(watched, timeout=0.5)
                 for slot in list(self.running):
                     self.look_at(slot)
-        except KeyboardInterrupt:
+        except BaseException as error:
+            # Whatever it is: a worker that is left would keep this process from ever ending.
             for slot in self.running:
-                slot.handle.end()
-                shutil.rmtree(slot.part, ignore_errors=True)
+                with contextlib.suppress(Exception):  # the others are to be ended all the same
+                    slot.handle.end()
+            for part in self.output.glob(".part-*"):
+                manifest.remove(part)
             for job in jobs:
                 if job.status in ("queued", "running"):
                     job.status, job.error = "cancelled", "interrupted"
+            if not isinstance(error, KeyboardInterrupt):
+                raise
 
     def fits(self, job: Job) -> bool:
         here = isinstance(self.place, Here)
@@ -238,7 +243,7 @@ class _Run:
 
     def begin(self, job: Job) -> None:
         part = self.output / f".part-{job.name}"
-        shutil.rmtree(part, ignore_errors=True)
+        manifest.remove(part)
         job.started = _now().isoformat(timespec="seconds")
         environment = {
             "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's kernel, not a user's own
@@ -291,8 +296,8 @@ class _Run:
         late = self.timeout is not None and job.seconds > self.timeout
         if not (slot.result or why or late):
             return
-        self.running.remove(slot)
         handle.end()
+        self.running.remove(slot)  # only now: if this is interrupted, it still is to be ended
         if slot.gpu:
             self.free_gpus.append(slot.gpu)
         try:
@@ -301,7 +306,7 @@ class _Run:
             job.error = job.error or f"its results could not be kept: {error}"
             job.status = "failed" if job.status == "done" else job.status
             job.folder = None
-            shutil.rmtree(slot.part, ignore_errors=True)
+            manifest.remove(slot.part)
         self.progress(job)
 
     def finish(self, slot: _Slot, why: str) -> None:
@@ -338,7 +343,7 @@ class _Run:
             cache.keep(job, part)
             manifest.replace(part, self.output / job.name)
             job.folder = self.output / job.name
-            shutil.rmtree(self.output / "failed" / job.name, ignore_errors=True)
+            manifest.remove(self.output / "failed" / job.name)
         else:
             with contextlib.suppress(OSError):
                 manifest.write(log, manifest.without_home(log.read_text(errors="replace")))
