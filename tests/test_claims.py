@@ -191,3 +191,43 @@ def test_facts_are_kept_as_json(tmp_path):
     claims.facts(directory=tmp_path, data="crops", seeds=4)
     kept = json.loads((tmp_path / "facts.json").read_text())
     assert kept == {"weights": "random", "seeds": 4, "data": "crops"}
+
+
+@pytest.mark.parametrize(
+    ("claim", "measured", "reason"),
+    [
+        ("vgg-cost", VGG | {"time_ratio": np.float64("nan")}, "VGG-16 over GoogLeNet) is NaN"),
+        ("vgg-cost", VGG | {"mac_ratio": np.float32("nan")}, "mac_ratio (multiply-adds"),
+        ("sparse-slow", SPARSE | {"ratios_99": {"3a": 1.2, "4a": float("nan")}}, "is NaN for 4a"),
+        ("correlated", {"p": {}, "z": {}, "z_random": {}, "rand_index": 0.1}, "is empty; z ("),
+        ("aux-gradient", {"ratios": {}}, "ratios (configuration -> gradient RMS at conv1, total"),
+    ],
+)
+def test_what_is_nan_or_empty_was_not_measured(claim, measured, reason, tmp_path):
+    judged = claims.check(claim, measured, directory=tmp_path)
+    assert judged.verdict == "not measured"
+    assert reason in judged.reason
+
+
+def test_nan_and_infinity_are_text_in_what_is_kept(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    ratios = {"a": 12.0, "b": float("nan"), "c": np.float32("inf")}
+    claims.check("aux-gradient", {"ratios": ratios}, directory=tmp_path)
+    claims.facts(directory=tmp_path, loss=float("-inf"))
+    kept = (tmp_path / "claims" / "aux-gradient.json").read_text()
+    measured = json.loads(kept, parse_constant=refuse)["measured"]
+    assert measured == {"ratios": {"a": 12.0, "b": "NaN", "c": "Infinity"}}
+    assert json.loads((tmp_path / "facts.json").read_text()) == {"loss": "-Infinity"}
+
+
+def test_a_copy_of_a_notebook_and_an_interrupt_are_told_of(tmp_path):
+    claims.check("depth-22", DEPTH, directory=tmp_path)
+    folders = {"my_cost": tmp_path, "02_branch_activations": None}
+    rows = {row["id"]: row for row in claims.collect(folders, ["02_branch_activations"])}
+    assert rows["depth-22"]["verdict"] == "not measured"
+    assert rows["depth-22"]["reason"] == (
+        "01_compute_cost was not run; judged in my_cost, which is not its notebook"
+    )
+    assert rows["locality"]["reason"] == "02_branch_activations was cancelled"

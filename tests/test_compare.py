@@ -239,3 +239,12 @@ def test_a_pdf_that_cannot_be_made_leaves_the_report_a_success(monkeypatch, tmp_
     assert "not printed to PDF: no browser" in result.stderr
     monkeypatch.setattr(page, "print_pdf", lambda index: index.with_name("report.pdf"))
     assert f"PDF: {tmp_path / 'report.pdf'}" in CliRunner().invoke(app, command).output
+
+
+def test_nan_is_the_same_in_an_older_report_as_in_one_of_now(a, tmp_path):
+    for name, value in (("old", math.nan), ("new", "NaN")):
+        (tmp_path / name).mkdir()
+        a["claims"][0]["measured"]["time_ratio"] = value
+        (tmp_path / name / "manifest.json").write_text(json.dumps(a))
+    (old, _), (new, _) = (load(tmp_path / name) for name in ("old", "new"))
+    assert moved(compare(old, new)) == []

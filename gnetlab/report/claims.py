@@ -15,7 +15,7 @@ import difflib
 import html
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Claim:
     criterion: str
     needs: Mapping[str, str]
     judge: Callable[[Mapping[str, Any]], Judgement]
+    judges_nan: bool = False  # else a number that is NaN was not measured
 
 
 def _depth_22(m: Mapping[str, Any]) -> Judgement:
@@ -323,6 +324,7 @@ CLAIMS: dict[str, Claim] = {
             "configuration measured; depends if in some of them",
             {"ratios": "configuration -> gradient RMS at conv1, total over main alone"},
             _aux_gradient,
+            judges_nan=True,
         ),
         Claim(
             "aux-regularize",
@@ -418,7 +420,8 @@ def check(
     """Judge a claim by its criterion and keep the verdict in `directory`/claims.
 
     claim_id   one of `CLAIMS`, each with its source, its criterion and the numbers that it `needs`
-    measured   those numbers by name (more are kept, for the reader); None means not measured
+    measured   those numbers by name (more are kept, for the reader); None means not measured, and
+               so does a needed one that is NaN, or has nothing in it
     figure     the saved figure's name that shows it
     reason     why it was not measured
 
@@ -453,12 +456,17 @@ def check(
                 f"claim {claim_id!r} needs {'; '.join(missing)}; add them to `measured`, or give "
                 "None with a reason"
             )
-        verdict, reason = claim.judge(measured)
+        lacking = [
+            f"{name} ({what}) is {lack}"
+            for name, what in claim.needs.items()
+            if (lack := _lack(measured[name], claim.judges_nan))
+        ]
+        verdict, reason = (NOT_MEASURED, "; ".join(lacking)) if lacking else claim.judge(measured)
     judged = Verdict(claim_id, verdict, reason, dict(measured or {}), figure, claim.notebook,
                      claim.text, claim.source, claim.criterion)  # fmt: skip
     folder = Path(directory) / "claims"
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(judged), indent=1, default=_plain, ensure_ascii=False)
+    text = json.dumps(jsonable(asdict(judged)), indent=1, ensure_ascii=False)
     (folder / f"{claim_id}.json").write_text(text + "\n", encoding="utf-8")
     return judged
 
@@ -470,8 +478,40 @@ def facts(*, directory: str | Path = ".", **values: str | int | float) -> None:
     path = folder / "facts.json"
     if path.is_file():
         values = {**json.loads(path.read_text(encoding="utf-8")), **values}
-    text = json.dumps(values, indent=1, default=_plain, ensure_ascii=False)
+    text = json.dumps(jsonable(values), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _lack(value: Any, nan_is_fine: bool) -> str:
+    """What keeps a measured value from being judged; empty if nothing does."""
+    value = value.tolist() if hasattr(value, "tolist") and not hasattr(value, "items") else value
+    if hasattr(value, "items"):
+        if not len(value):
+            return "empty"
+        found = ((key, _lack(inner, nan_is_fine)) for key, inner in value.items())
+        return next((f"{lack} for {key}" for key, lack in found if lack), "")
+    return "NaN" if not nan_is_fine and isinstance(value, float) and math.isnan(value) else ""
+
+
+def jsonable(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """`value` as JSON has it: keys are text, and so are NaN and the infinities, which it lacks.
+
+    `other` makes something else of what JSON does not know; by default numpy's numbers are taken.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key if key is None or isinstance(key, str | int) else str(key): jsonable(inner, other)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [jsonable(inner, other) for inner in value]
+    if isinstance(value, set | frozenset):
+        return [jsonable(inner, other) for inner in sorted(value, key=repr)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(float(value))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return jsonable((other or _plain)(value), other)
 
 
 def _plain(value: Any) -> Any:
@@ -481,24 +521,39 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be kept with a claim; give a number or text")
 
 
-def collect(directories: Mapping[str, Path | None]) -> list[dict[str, Any]]:
+def collect(
+    directories: Mapping[str, Path | None], cancelled: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Every claim in order: its kept verdict, or "not measured".
 
-    `directories` maps a notebook's name to its output folder, or None if it failed. A claim whose
-    notebook is not among them, failed, or left no verdict says so.
+    `directories` maps a notebook's name to its output folder, or None if it failed, or is among
+    the `cancelled`. A claim whose notebook is not among them, failed, or left no verdict says so.
     """
     rows = []
     for claim in CLAIMS.values():
         folder = directories.get(claim.notebook)
-        kept = folder / "claims" / f"{claim.id}.json" if folder else None
-        if kept and kept.is_file():
-            rows.append(json.loads(kept.read_text(encoding="utf-8")))
-            continue
-        reason = "the notebook did not get there"
+        verdict = Verdict(claim.id, NOT_MEASURED, "", {}, None, claim.notebook, claim.text,
+                          claim.source, claim.criterion)  # fmt: skip
+        row = asdict(verdict)
         if folder is None:
             happened = "failed" if claim.notebook in directories else "was not run"
-            reason = f"{claim.notebook} {happened}"
-        verdict = Verdict(claim.id, NOT_MEASURED, reason, {}, None, claim.notebook, claim.text,
-                          claim.source, claim.criterion)  # fmt: skip
-        rows.append(asdict(verdict))
+            happened = "was cancelled" if claim.notebook in cancelled else happened
+            row["reason"] = f"{claim.notebook} {happened}"
+            others = [name for name, other in directories.items() if other and _kept(claim, other)]
+            if others:  # of a copy, as a rule
+                row["reason"] += f"; judged in {', '.join(others)}, which is not its notebook"
+        elif not _kept(claim, folder):
+            row["reason"] = "the notebook did not get there"
+        else:
+            try:
+                row |= Verdict(**json.loads(_kept(claim, folder).read_text("utf-8"))).__dict__
+            except (OSError, ValueError, TypeError):
+                row["reason"] = "the verdict that it left cannot be read"
+        rows.append(row)
     return rows
+
+
+def _kept(claim: Claim, folder: Path) -> Path | None:
+    """The file of a claim's verdict in a notebook's folder, if there is one."""
+    path = folder / "claims" / f"{claim.id}.json"
+    return path if path.is_file() else None

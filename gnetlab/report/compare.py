@@ -64,7 +64,8 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
             "has written, or its manifest.json"
         )
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        # NaN is text in a report of now, as it is then in an older one.
+        manifest = json.loads(file.read_text(encoding="utf-8"), parse_constant=str)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as JSON: {error}; make the report again"
