@@ -1,5 +1,6 @@
 """What goes wrong in a notebook, or to who runs it, is told truly, and nothing is left over."""
 
+import datetime
 import json
 import os
 import re
@@ -95,6 +96,20 @@ class TestIncremental:
         alone = runner.run(plan([path]), out, command="a third")  # of other notebooks: made anew
         assert [n["name"] for n in alone["notebooks"]] == ["n"]
         assert alone["command"] == "a third"
+
+    def test_a_manifest_that_could_not_be_written_leaves_no_older_one_in_its_place(
+        self, done, monkeypatch
+    ):
+        path, out = done
+        old = json.loads((out / "manifest.json").read_text())["notebooks"][0]
+        with monkeypatch.context() as full:
+            full.setattr(runner, "_now", lambda: datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC))
+            full.setattr(manifests, "make", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            with pytest.raises(runner.ReportFailed, match="disk full"):
+                run([path], out, force=True)
+        new = run([path], out)["n"]
+        assert new["status"] == "cached"
+        assert new["started"].startswith("2026-01-02") != old["started"].startswith("2026-01-02")
 
     def test_a_page_beside_the_result_does_not_matter(self, done, monkeypatch):
         path, out = done

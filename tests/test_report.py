@@ -398,3 +398,40 @@ def test_publishing_replaces_the_folder_and_needs_everything(report, tmp_path, m
     with pytest.raises(planning.ReportError, match="lacking: raises"):
         manifests.publish(manifest, out, target)
     assert {path.name for path in target.iterdir()} == names
+
+
+def test_parameters_of_any_type_are_written(tmp_path):
+    odd = "\nnames = {'b', 'a'}\npairs = {(1, 2): 3.0}\nlimit = 1e999"
+    path = write(tmp_path / "n.ipynb", "", parameters=PARAMETERS + odd)
+    (entry,) = runner.run(plan([path]), tmp_path / "out")["notebooks"]
+    shown = {name: entry["parameters"][name] for name in ("names", "pairs", "limit")}
+    assert shown == {"names": ["a", "b"], "pairs": {"(1, 2)": 3.0}, "limit": "Infinity"}
+    assert runner.run(plan([path]), tmp_path / "out")["notebooks"] == [entry]  # nothing changed
+
+
+def test_files_that_are_not_what_their_names_say_end_no_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 10)
+    cell = FIGURE + (
+        "open('no.png', 'w').write('x'); open('facts.json', 'w').write('[1]')\n"
+        "import os; os.mkdir('claims'); open('claims/depth-22.json', 'w').write('[]')"
+    )
+    manifest = runner.run(plan([write(tmp_path / "01_compute_cost.ipynb", cell)]), tmp_path / "out")
+    (entry,) = manifest["notebooks"]
+    assert (entry["status"], entry["facts"]) == ("done", {})
+    assert [(f["name"], f["pixels"]) for f in entry["figures"]] == [("line", None), ("no", None)]
+    assert manifest["claims"][0]["reason"] == "the verdict that it left cannot be read"
+    jsonschema.validate(manifest, SCHEMA)
+    page.write_index(manifest, tmp_path / "out")
+
+
+def test_a_path_in_the_home_folder_is_not_told_and_no_other_is_touched(tmp_path, monkeypatch):
+    real = tmp_path / "gpfs" / "alice"
+    real.mkdir(parents=True)
+    home = tmp_path / "alice"
+    home.symlink_to(real)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    for folder in (home, real):
+        for begins in ("", "folder:", '"', "x\\n", "\x1b[32m", "-I", "file://"):
+            assert manifests.without_home(f"{begins}{folder}/d") == f"{begins}~/d"
+    for other in (f"https://zenodo.org{home}/d", f"/mnt{home}/d", f"{home}2/d", f"https:/{home}"):
+        assert manifests.without_home(other) == other

@@ -21,6 +21,7 @@ import nbformat
 
 import gnetlab
 from gnetlab.report import machine
+from gnetlab.report.claims import jsonable
 from gnetlab.report.manifest import without_home
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def keep(job: Job, folder: Path) -> None:
         "key": job.key, "started": job.started, "seconds": job.seconds, "facts": job.facts,
         "peak_bytes": job.peak_bytes, "files": _hashes(folder),
     }  # fmt: skip
-    text = json.dumps(record, indent=1, default=str) + "\n"
+    text = json.dumps(jsonable(record, str), indent=1) + "\n"
     (folder / RECORD).write_text(without_home(text), encoding="utf-8")
 
 
 def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> str:
-    old, new = record["key"], json.loads(without_home(json.dumps(key, default=str)))
+    old, new = record["key"], json.loads(without_home(json.dumps(jsonable(key, str))))
     for part, value in new.items():
         before = old.get(part)
         if before == value:

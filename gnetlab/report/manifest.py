@@ -22,6 +22,7 @@ from typing import Any
 
 import gnetlab
 from gnetlab.report import claims, machine
+from gnetlab.report.claims import jsonable
 from gnetlab.report.plan import GOOD, Job, ReportError, notebooks_folder
 
 FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex", "call.zip")  # the last draws it again
@@ -78,7 +79,8 @@ def _claims(jobs: list[Job]) -> list[dict[str, Any]]:
     for number in range(most):
         round_of = {n: of[number] for n, of in runs.items() if number < len(of)}
         folders = {n: job.folder if job.status in GOOD else None for n, job in round_of.items()}
-        for row in claims.collect(folders):
+        cancelled = [n for n, job in round_of.items() if job.status == "cancelled"]
+        for row in claims.collect(folders, cancelled):
             job = round_of.get(row["notebook"])
             if job or number == 0:
                 rows.append({**row, "run": job.name if job else None})
@@ -92,13 +94,17 @@ def kept(jobs: list[Job], output: Path) -> dict[str, Any] | None:
         return None
     try:
         last = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-        entries = [(n["name"], n["status"] in GOOD, n["parameters"]) for n in last["notebooks"]]
+        entries = [
+            [n["name"], n["status"] in GOOD, n["parameters"], n["started"]]
+            for n in last["notebooks"]
+        ]
         right = last["schema"] == SCHEMA
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    asked = [(job.name, True, {**job.parameters, **job.defaults}) for job in jobs]
-    asked = json.loads(without_home(json.dumps(asked)))
-    return last if right and [list(entry) for entry in entries] == asked else None
+    # When they were begun, too: a manifest that could not be written leaves the one before.
+    asked = [[job.name, True, {**job.parameters, **job.defaults}, job.started] for job in jobs]
+    asked = json.loads(without_home(json.dumps(jsonable(asked, str))))
+    return last if right and entries == asked else None
 
 
 def figures_of(folder: Path) -> list[dict[str, Any]]:
@@ -107,8 +113,11 @@ def figures_of(folder: Path) -> list[dict[str, Any]]:
 
     figures = []
     for png in sorted(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns):
-        with Image.open(png) as image:
-            about, size = image.info, image.size
+        try:
+            with Image.open(png) as image:
+                about, size = image.info, image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            about, size = {}, None  # no picture, or a huge one; the file is there all the same
         files = {
             kind: {"path": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for kind in FIGURE_FILES
@@ -116,7 +125,7 @@ def figures_of(folder: Path) -> list[dict[str, Any]]:
         }
         figures.append({
             "name": png.stem, "alt": about.get("Description", ""), "data": about.get("Data", ""),
-            "pixels": list(size),
+            "pixels": size and list(size),
             "timing": about.get("Timing") == "yes", "files": files,
         })  # fmt: skip
     return figures
@@ -137,12 +146,19 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
 def without_home(text: str) -> str:
     """`text` with the user's home folder written as ~: a report is sent on."""
-    home = str(Path.home())
-    if len(home) < 2:
+    home = Path.home()
+    # As it is called, and where it lies, if that is a link; Windows' backslashes double in JSON.
+    folders = {str(folder) for folder in (home, home.resolve()) if len(folder.parts) > 1}
+    written = folders | {json.dumps(folder)[1:-1] for folder in folders}
+    if not written:
         return text
-    for written in (json.dumps(home)[1:-1], home):  # Windows' backslashes are doubled in JSON
-        text = re.sub(re.escape(written) + r"(?![\w.-])", "~", text)
-    return text
+    longest_first = "|".join(map(re.escape, sorted(written, key=len, reverse=True)))
+    return re.sub(rf"{_BEGINS}(?:{longest_first})(?![\w.-])", "~", text)
+
+
+# A path begins here and goes not on: after none of its characters, unless these are an escaped
+# line's end or tab, a terminal's colour, a compiler's flag or a URL's scheme.
+_BEGINS = r"(?:(?<![\w.~/-])|(?<=\\[nrt])|(?<=[\[;\d]m)|(?<=-[IL])|(?<=file://))"
 
 
 def write(path: Path, text: str) -> None:

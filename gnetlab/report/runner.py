@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gnetlab.report import cache, machine, manifest, worker
+from gnetlab.report.claims import jsonable
 from gnetlab.report.executed import normalize, unfinished
 from gnetlab.report.plan import Job, ReportError
 
@@ -135,7 +136,7 @@ def run(
         if kept:
             return kept
         made = manifest.make(jobs, output, command, started, time.monotonic() - begun)
-        text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(jsonable(made, str), indent=1, ensure_ascii=False) + "\n"
         text = manifest.without_home(text)
         manifest.write(output / "manifest.json", text)
     except OSError as error:
@@ -336,7 +337,8 @@ class _Run:
                 shutil.copy(job.source, executed)
         facts = part / "facts.json"
         with contextlib.suppress(OSError, ValueError):
-            job.facts = json.loads(facts.read_text(encoding="utf-8"))
+            kept = json.loads(facts.read_text(encoding="utf-8"))
+            job.facts = kept if isinstance(kept, dict) else {}
         log = part / worker.LOG
         if job.status == "done":
             log.unlink(missing_ok=True)
