@@ -68,7 +68,8 @@ class TestIncremental:
     @pytest.fixture
     def done(self, tmp_path):
         claim = "import os, pathlib; os.mkdir('claims'); pathlib.Path('claims/x.json').touch()"
-        path = write(tmp_path / "n.ipynb", FIGURE, claim)
+        page = "pathlib.Path('explorer.html').touch()"
+        path = write(tmp_path / "n.ipynb", FIGURE, claim, page)
         assert run([path], tmp_path / "out")["n"]["status"] == "done"
         return path, tmp_path / "out"
 
@@ -125,6 +126,7 @@ class TestIncremental:
             (lambda n: write(n.parents[1] / "n.ipynb", FIGURE + "\n1"), "cells changed"),
             (lambda n: (n / "line.png").write_text("x"), "result changed or lost: line.png"),
             (lambda n: (n / "line.csv").unlink(), "result changed or lost: line.csv"),
+            (lambda n: (n / "explorer.html").unlink(), "result changed or lost: explorer.html"),
             (lambda n: (n / "claims" / "x.json").unlink(),
              f"result changed or lost: {Path('claims') / 'x.json'}"),
             (lambda n: (n / cache.RECORD).write_text("{"),
@@ -183,6 +185,40 @@ class TestIncremental:
         assert before["image"] != after["image"]
         assert before["data"] != after["data"]
 
+    def test_a_path_in_a_parameter_is_found_however_it_is_written(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        picture = tmp_path / "at 12:30.png"
+        picture.write_text("one")
+        parameters = {"one": f"folder:{picture}", "home": "~/at 12:30.png",
+                      "many": [str(picture)], "by_name": {"a": (str(picture),)}}  # fmt: skip
+        before = cache._inputs(parameters)
+        assert list(before) == ["one", "home", "many.0", "by_name.a.0"]
+        picture.write_text("two")
+        assert not before.items() & cache._inputs(parameters).items()
+
+    def test_class_folders_that_are_links_are_looked_into(self, tmp_path):
+        data, real = tmp_path / "data", tmp_path / "real"
+        data.mkdir()
+        real.mkdir()
+        (data / "cats").symlink_to(real)
+        (real / "back").symlink_to(real)
+        before = cache._listing(data)
+        (real / "a.jpg").write_text("x")
+        assert before == []
+        assert [line.split()[0] for line in cache._listing(data)] == [str(Path("cats/a.jpg"))]
+
+    def test_a_picture_attached_to_text_is_part_of_its_cell(self, tmp_path):
+        path, keys = write(tmp_path / "n.ipynb", ""), []
+        for content in ("YQ==", "Yg=="):
+            notebook = nbformat.read(path, 4)
+            text = nbformat.v4.new_markdown_cell("![](attachment:a.png)")
+            text["attachments"] = {"a.png": {"image/png": content}}
+            notebook.cells[1:] = [text]
+            nbformat.write(notebook, path)
+            keys.append(cache._key(plan([path])[0], "1")["cells"])
+        assert keys[0] != keys[1]
+
     def test_named_data_sets_are_looked_into_where_they_lie(self, tmp_path, monkeypatch):
         monkeypatch.setattr(cache, "DATA_FOLDERS", (str(tmp_path), str(tmp_path / "none")))
         (tmp_path / "images").write_text("one")
@@ -203,6 +239,12 @@ class TestIncremental:
         (place / "googlenet-1378be20.pth").touch()
         assert cache._inputs({"weights": "auto"})["ImageNet weights"] == "googlenet-1378be20.pth"
         assert cache._inputs({"weights": "bundled"}) == {}
+
+    def test_weights_that_may_be_fetched_now_are_others_than_offline(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        offline = cache._inputs({"weights": "auto"})
+        monkeypatch.delenv("GNETLAB_OFFLINE")
+        assert cache._inputs({"weights": "auto"}) != offline
 
 
 class TestFaults:

@@ -14,8 +14,9 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nbformat
 
@@ -23,9 +24,7 @@ import gnetlab
 from gnetlab.report import machine
 from gnetlab.report.claims import jsonable
 from gnetlab.report.manifest import without_home
-
-if TYPE_CHECKING:
-    from gnetlab.report.plan import Job
+from gnetlab.report.plan import Job, named_path
 
 RECORD = "run.json"
 DATA_FOLDERS = ("~/.cache/gnetlab", "/usr/share/datasets/fashion-mnist")  # of named data sets
@@ -40,7 +39,7 @@ def restore(job: Job, output: Path, force: bool, threads: str) -> None:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         job.expected = record["seconds"]
-        job.reason = "forced" if force else _difference(record, job.key, folder)
+        job.reason = "forced" if force else _difference(record, job.key, folder, job.notebook)
     except FileNotFoundError:
         job.reason = "first run"
     except (ValueError, KeyError, TypeError):
@@ -55,13 +54,13 @@ def keep(job: Job, folder: Path) -> None:
     """Write what the result in `folder` depends on, and its files' hashes."""
     record = {
         "key": job.key, "started": job.started, "seconds": job.seconds, "facts": job.facts,
-        "peak_bytes": job.peak_bytes, "files": _hashes(folder),
+        "peak_bytes": job.peak_bytes, "files": _hashes(folder, job.notebook),
     }  # fmt: skip
     text = json.dumps(jsonable(record, str), indent=1) + "\n"
     (folder / RECORD).write_text(without_home(text), encoding="utf-8")
 
 
-def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> str:
+def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path, notebook: str) -> str:
     old, new = record["key"], json.loads(without_home(json.dumps(jsonable(key, str))))
     for part, value in new.items():
         before = old.get(part)
@@ -75,7 +74,7 @@ def _difference(record: dict[str, Any], key: dict[str, Any], folder: Path) -> st
             ]
             return f"{part} changed: {', '.join(changed)}"
         return f"{part} changed" + (f": {before} → {value}" if part == "threads" else "")
-    files = _hashes(folder)
+    files = _hashes(folder, notebook)
     lost = [name for name, digest in record["files"].items() if files.get(name) != digest]
     return f"result changed or lost: {', '.join(lost)}" if lost else ""
 
@@ -84,7 +83,7 @@ def _key(job: Job, threads: str) -> dict[str, Any]:
     cells = nbformat.read(job.source, as_version=4).cells
     parameters = {**job.defaults, **job.parameters}
     return {
-        "cells": _digest("\0".join(f"{cell.cell_type}\0{cell.source}" for cell in cells).encode()),
+        "cells": _digest("\0".join(map(_content, cells)).encode()),
         "parameters": parameters,
         "source of gnetlab": _source(),
         "packages": machine.versions(),
@@ -92,6 +91,12 @@ def _key(job: Job, threads: str) -> dict[str, Any]:
         "threads": threads,
         "inputs": _inputs(parameters),
     }
+
+
+def _content(cell: nbformat.NotebookNode) -> str:
+    """What of a cell the result depends on or shows; pictures are attached to text."""
+    attached = [json.dumps(cell.attachments, sort_keys=True)] if cell.get("attachments") else []
+    return "\0".join([cell.cell_type, cell.source, *attached])
 
 
 def _digest(content: bytes) -> str:
@@ -115,11 +120,11 @@ def _devices() -> str:
 def _inputs(parameters: dict[str, Any]) -> dict[str, str]:
     """Digests of files that parameters name, of data sets and ImageNet weights that may be used."""
     inputs = {}
-    for name, value in parameters.items():
-        path = Path(str(value).rpartition(":")[2]) if isinstance(value, str) and value else None
-        if path and path.is_absolute() and path.is_file():
+    for name, text in _texts(parameters):
+        path = Path(os.path.expanduser(named_path(text)[1]))
+        if path.is_absolute() and path.is_file():
             inputs[name] = _digest(path.read_bytes())
-        elif path and path.is_absolute() and path.is_dir():
+        elif path.is_absolute() and path.is_dir():
             inputs[name] = _digest("\n".join(_listing(path)).encode())
     if parameters.get("data") not in (None, "photocrops"):  # those come with a package
         places = [Path(place).expanduser() for place in DATA_FOLDERS]
@@ -128,20 +133,38 @@ def _inputs(parameters: dict[str, Any]) -> dict[str, str]:
     if parameters.get("weights") in ("auto", "imagenet"):
         home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
         found = (home / "hub" / "checkpoints").glob("googlenet-*.pth")
-        inputs["ImageNet weights"] = ", ".join(sorted(p.name for p in found)) or "none"
+        lacking = "none" if os.environ.get("GNETLAB_OFFLINE") else "none, may be fetched"
+        inputs["ImageNet weights"] = ", ".join(sorted(p.name for p in found)) or lacking
     return inputs
 
 
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested parameters, with a name: {"images": ["a"]} has images.0."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(inner, f"{name}.{key}" if name else str(key))
+
+
 def _listing(folder: Path) -> list[str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Every file's name, size and time; folders that are links are gone into."""
+    files = []
+    for top, folders, names in os.walk(folder, followlinks=True):
+        here, inner = Path(os.path.realpath(top)), [Path(top, name) for name in folders]
+        # but for one that leads back to where it lies in
+        folders[:] = [p.name for p in inner if not here.is_relative_to(os.path.realpath(p))]
+        files += [path for name in names if (path := Path(top, name)).is_file()]
+    files.sort()
     stats = [(path, path.stat()) for path in files]
     return [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Of what a notebook left in its folder; the page beside it can be made again."""
+def _hashes(folder: Path, notebook: str) -> dict[str, str]:
+    """Of what a notebook left in its folder; its page can be made again."""
+    ours = (folder / RECORD, folder / f"{notebook}.html")
     return {
         str(path.relative_to(folder)): _digest(path.read_bytes())
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != RECORD and path.suffix != ".html"
+        if path.is_file() and path not in ours
     }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gnetlab.report import task
-from gnetlab.report.plan import Job, ReportError
+from gnetlab.report.plan import Job, ReportError, named_path
 
 PATIENCE = 10  # seconds for the cluster to answer, for a first worker to come, for what is late
 LARGEST = 200_000_000  # bytes of a parameter's file that is sent along
@@ -125,13 +125,13 @@ class Cluster:
         """Send a notebook, and the files that its parameters name; larger ones must be there."""
         parameters, files, needed = {**job.parameters, "output_dir": "."}, {}, {}
         for name, value in job.parameters.items():
-            kind, colon, text = value.rpartition(":") if isinstance(value, str) else ("", "", "")
+            kind, text = named_path(value) if isinstance(value, str) else ("", "")
             path = Path(text)
             if not path.is_absolute() or not path.exists():
                 continue
             if path.is_file() and path.stat().st_size <= LARGEST:
                 files[f"inputs/{name}/{path.name}"] = path.read_bytes()
-                parameters[name] = f"{kind}{colon}../inputs/{name}/{path.name}"
+                parameters[name] = f"{kind}../inputs/{name}/{path.name}"
             else:
                 needed[name] = text
         order = {

@@ -242,13 +242,30 @@ def split_values(text: str) -> list[str]:
     return [value.strip() for value in re.split(r",(?![^\[]*\])", text)]
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """What a parameter says before a path, and the path: ("folder:", "mine"), or (text, "").
+
+    Only a path at which something is counts; the longest, since names may hold a colon.
+    """
+    starts = [0, *(found.end() for found in re.finditer(":", text))]
+    for kind, path in ((text[:start], text[start:]) for start in starts):
+        if path and os.path.exists(os.path.expanduser(path)):
+            return kind, path
+    return text, ""
+
+
+def _absolute(text: str) -> str:
+    """With the path that it names, if it does; "cat" is a photograph, "./cat" a path."""
+    kind, path = named_path(text)
+    if path and (kind or os.sep in path or Path(path).suffix):
+        return f"{kind}{Path(os.path.expanduser(path)).resolve()}"
+    return text
+
+
 def _typed(name: str, text: str, default: Any) -> Any:
     if isinstance(default, str):
         # Notebooks run in folders of their own: what is a file here must stay one there.
-        kind, colon, path = text.rpartition(":")
-        if (colon or os.sep in path or Path(path).suffix) and path and Path(path).exists():
-            return f"{kind}{colon}{Path(path).resolve()}"
-        return text
+        return _absolute(text)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
