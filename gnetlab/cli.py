@@ -151,17 +151,20 @@ def report(
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
-    if profile not in ("fast", "full"):
-        raise _usage_error(f"--profile {profile} asked; choose fast or full")
-    if device.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-        raise _usage_error(f"--device {device} asked; choose {DEVICES}")
-    if device not in ("auto", "cpu") and not scheduler:
-        _check_device(device)
+    parameters = _parameters(parameter or [], grid)
+    for asked in _asked("profile", profile, parameters):
+        if asked not in ("fast", "full"):
+            raise _usage_error(f"--profile {asked} asked; choose fast or full")
+    for asked in _asked("device", device, parameters):
+        if asked.partition(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+            raise _usage_error(f"--device {asked} asked; choose {DEVICES}")
+        if asked not in ("auto", "cpu") and not scheduler:
+            _check_device(asked)
     output, jobs = (output or Path("reports") / profile).resolve(), []
     try:
         jobs = plan.plan(
             plan.find_notebooks(notebooks or []),
-            _parameters(parameter or [], grid),
+            parameters,
             {"profile": profile, "device": device},
         )
         with _place(scheduler, jobs, workers) as place, _Progress(jobs) as progress:
@@ -224,8 +227,19 @@ def _parameters(given: list[str], grid: bool) -> dict[str, str | list[str]]:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise _usage_error(f"-p {text} asked; write -p NAME=VALUE")
+        if name in parameters:
+            raise _usage_error(
+                f"-p {name} asked twice; give it once, with --grid for several values: "
+                f"-p {name}=VALUE,VALUE"
+            )
         parameters[name] = split_values(value) if grid else value
     return parameters
+
+
+def _asked(name: str, option: str, parameters: dict[str, str | list[str]]) -> list[str]:
+    """What an option asks for, and -p of the same name, which goes before it."""
+    given = parameters.get(name, [])
+    return [option, *([given] if isinstance(given, str) else given)]
 
 
 def _place(scheduler: str, jobs: list, workers: int) -> contextlib.AbstractContextManager:

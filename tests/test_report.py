@@ -68,6 +68,56 @@ def test_files_are_found_from_where_the_command_was_given(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("default", "given", "expected"),
+    [
+        ("0.5", "1e-3", 1e-3),
+        ("0", "010", 10),
+        ("[0.1, 0.2]", "[1e-3, 1]", [1e-3, 1.0]),
+        ("[1, 2]", "[3, 0.5]", [3, 0.5]),
+        ("(1, 2)", "(3, 4)", [3, 4]),
+        ("(1, 2)", "[3, 4]", [3, 4]),
+        ("'#ff0000'  # red", "#00ff00", "#00ff00"),
+        ("None", "1e-3", 1e-3),
+        ("None", "7", 7),
+        ("1 / 2", "text", "text"),
+    ],
+)
+def test_a_value_has_the_type_of_its_default(default, given, expected, tmp_path):
+    for annotation in ("", ": int | None"):
+        parameters = f"{PARAMETERS}\n%matplotlib inline\nx{annotation} = {default}"
+        path = write(tmp_path / "a.ipynb", "", parameters=parameters)
+        value = plan([path], {"x": given})[0].parameters["x"]
+        assert (value, type(value)) == (expected, type(expected))
+
+
+def test_a_default_that_is_no_literal_stands_as_it_is_written(tmp_path):
+    path = write(tmp_path / "a.ipynb", "", parameters=PARAMETERS + "\nx = 1 / 2\ncolor = '#f00'")
+    defaults = plan([path])[0].defaults
+    assert (defaults["x"], defaults["color"]) == ("1 / 2", "#f00")
+
+
+def test_a_file_is_found_for_a_default_of_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.png").touch()
+    path = write(tmp_path / "a.ipynb", "", parameters=PARAMETERS + "\nimage = None")
+    assert plan([path], {"image": "mine.png"})[0].parameters["image"] == str(tmp_path / "mine.png")
+
+
+def test_the_whole_name_of_a_notebook_means_it_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for name in ("mine", "mine_long"):
+        write(tmp_path / "notebooks" / f"{name}.ipynb", "")
+    assert [path.stem for path in planning.find_notebooks(["mine"])] == ["mine"]
+    assert [path.stem for path in planning.find_notebooks(["min"])] == ["mine", "mine_long"]
+
+
+def test_a_comment_in_a_block_of_code_is_no_title():
+    text = nbformat.v4.new_markdown_cell("```python\n# not this\n```\n# This")
+    assert planning.title_of(nbformat.v4.new_notebook(cells=[text])) == "This"
+
+
+@pytest.mark.parametrize(
     ("parameters", "message"),
     [
         ({"sead": "1"}, "unknown parameter sead. Did you mean seed. Known: device, profile"),
@@ -122,6 +172,8 @@ def in_another_language(path):
     [
         (lambda path: path.write_text("<<<<<<< ours"), "is not a notebook"),
         (lambda path: path.write_text(""), "is not a notebook"),
+        (lambda path: write(path, "", parameters="seed = = 0"),
+         "its parameters cell cannot be read as Python"),
         (lambda path: write(path, "", parameters=None), "has 0 cells tagged 'parameters'"),
         (two_parameter_cells, "has 2 cells tagged 'parameters'"),
         (lambda path: write(path, "", parameters="seed = 0"),
@@ -435,3 +487,43 @@ def test_a_path_in_the_home_folder_is_not_told_and_no_other_is_touched(tmp_path,
             assert manifests.without_home(f"{begins}{folder}/d") == f"{begins}~/d"
     for other in (f"https://zenodo.org{home}/d", f"/mnt{home}/d", f"{home}2/d", f"https:/{home}"):
         assert manifests.without_home(other) == other
+
+
+def test_what_is_random_in_a_notebook_is_the_same_in_every_run(tmp_path):
+    path = write(tmp_path / "n.ipynb", "import pandas as pd; pd.DataFrame([1]).style",
+                 "print('T_25000 a')")  # fmt: skip
+    old = json.loads(path.read_text()) | {"nbformat_minor": 4}
+    for cell in old["cells"]:
+        del cell["id"]
+    path.write_text(json.dumps(old))
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        runner.run(plan([path]), out)
+    one, two = ((out / "n" / "n.ipynb").read_text() for out in outs)
+    assert one == two
+    assert "T_25000 a" in one
+    assert 'id=\\"T_00000\\"' in one
+
+
+def test_a_cell_that_is_to_be_skipped_fails_no_notebook_and_a_long_error_is_cut(tmp_path):
+    skips = write(tmp_path / "skips.ipynb", "1 / 0")
+    notebook = nbformat.read(skips, 4)
+    notebook.cells[1].metadata["tags"] = ["skip-execution"]
+    nbformat.write(notebook, skips)
+    long = write(tmp_path / "long.ipynb", "raise ValueError('x' * 3_000_000)")
+    manifest = runner.run(plan([skips, long]), tmp_path / "out")
+    assert entry(manifest, "skips")["status"] == "done"
+    error = entry(manifest, "long")["error"]
+    assert error.startswith("ValueError: xxx")
+    assert len(error) < 20_000
+
+
+def test_two_figures_of_one_name_are_not_published(report, tmp_path, monkeypatch):
+    out, manifest, _ = report
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path / "notebooks" / "good.ipynb", "")
+    other = {**entry(manifest, "good"), "name": "other"}
+    both = {**manifest, "notebooks": [*manifest["notebooks"], other]}
+    with pytest.raises(planning.ReportError, match="good and other both have a figure line"):
+        manifests.publish(both, out, tmp_path / "figures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _VARYING = (
     (re.compile(r"(/[\w./-]*)?/ipykernel_\d+/\d+\.py"), "cell.py"),
 )
 _STYLER = re.compile(r"\bT_[0-9a-f]{5}(?=[\"_ #,{])")
+_STYLED = re.compile(r'\bid="(T_[0-9a-f]{5})"')
 
 
 def unfinished(executed: Path) -> str:
@@ -26,17 +28,23 @@ def unfinished(executed: Path) -> str:
         raised = next((out for out in cell.outputs if out.output_type == "error"), None)
         if raised:
             return f"{raised.ename}: {raised.evalue} (in code cell {number})"
-        if cell.source.strip() and cell.execution_count is None:
+        skipped = "skip-execution" in cell.metadata.get("tags", [])
+        if cell.source.strip() and cell.execution_count is None and not skipped:
             return f"code cell {number} never ran (the kernel ended before it)"
     return ""
 
 
-def normalize(executed: Path) -> None:
-    """Make two runs that did the same the same file; drop what tells of this machine."""
+def normalize(executed: Path, source: Path | None = None) -> None:
+    """Make two runs that did the same the same file; drop what tells of this machine.
+
+    Cells that have no id in `source`, if it is given, were given a random one: it gets a number.
+    """
     notebook = nbformat.read(executed, as_version=4)
+    written = json.loads(source.read_text(encoding="utf-8")) if source else notebook
+    ids = {cell.get("id") for cell in written.get("cells", [])}
     for name in ("papermill", "widgets"):
         notebook.metadata.pop(name, None)
-    names: dict[str, str] = {}  # of pandas' styled tables, which are random
+    names = _of_styled_tables(notebook)
     for number, cell in enumerate(notebook.cells):
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
@@ -47,20 +55,29 @@ def normalize(executed: Path) -> None:
             cell["id"] = "injected-parameters"
         elif "error" in cell.metadata.get("tags", []):
             cell["id"] = f"error-{number}"
+        elif cell.get("id") not in ids:
+            cell["id"] = f"cell-{number}"
         if "outputs" in cell:
             cell.outputs = _joined_streams(cell.outputs)
         for output in cell.get("outputs", []):
             if output.output_type == "stream":
-                output.text = _shortened(_steady(output.text, names))
+                output.text = shortened(_steady(output.text, names))
             elif output.output_type == "error":
-                output.traceback = [_steady(line, names) for line in output.traceback]
-                output.evalue = _steady(output.evalue, names)
+                output.traceback = [shortened(_steady(line, names)) for line in output.traceback]
+                output.evalue = shortened(_steady(output.evalue, names))
             else:
                 for kind, value in output.data.items():
                     if kind.startswith("text/") and isinstance(value, str):
                         output.data[kind] = _steady(value, names)
                 output.data.pop("application/vnd.jupyter.widget-view+json", None)
     write(executed, without_home(nbformat.writes(notebook)) + "\n")
+
+
+def _of_styled_tables(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """The names that pandas gives to its styled tables, which are random, and steady ones."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    html = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    return {name: f"T_{i:05d}" for i, name in enumerate(dict.fromkeys(_STYLED.findall(html)))}
 
 
 def _joined_streams(outputs: list) -> list:
@@ -85,12 +102,12 @@ def _joined_streams(outputs: list) -> list:
 def _steady(text: str, names: dict[str, str]) -> str:
     for pattern, replacement in _VARYING:
         text = pattern.sub(replacement, text)
-    return _STYLER.sub(lambda found: names.setdefault(found[0], f"T_{len(names):05d}"), text)
+    return _STYLER.sub(lambda found: names.get(found[0], found[0]), text)
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= _LONGEST_STREAM:
+def shortened(text: str, longest: int = _LONGEST_STREAM) -> str:
+    """`text` without its middle, if it is longer than that."""
+    if len(text) <= longest:
         return text
-    half = _LONGEST_STREAM // 2
-    left_out = len(text) - _LONGEST_STREAM
-    return f"{text[:half]}\n[… {left_out:,} characters left out …]\n{text[-half:]}"
+    half = longest // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[-half:]}"

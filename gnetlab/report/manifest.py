@@ -175,8 +175,8 @@ def write(path: Path, text: str) -> None:
 def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Path]:
     """Copy every figure's files and the manifest to `target`, replacing what is there at once.
 
-    Raises ReportError unless all notebooks there are were run, once each, and are done; or if
-    `target` holds something else than published figures.
+    Raises ReportError unless all notebooks there are were run, once each, and are done; or if two
+    have figures of one name, or `target` holds something else than published figures.
     """
     entries = manifest["notebooks"]
     run_here = {entry["notebook"] for entry in entries if entry["status"] in GOOD}
@@ -188,6 +188,15 @@ def publish(manifest: Mapping[str, Any], output: Path, target: Path) -> list[Pat
         )
     if any(entry["grid"] for entry in entries):
         raise ReportError("--publish takes one run of each notebook; leave --grid out")
+    shown: dict[str, str] = {}
+    for entry in entries:
+        for figure in entry["figures"]:
+            first = shown.setdefault(figure["name"], entry["name"])
+            if first != entry["name"]:
+                raise ReportError(
+                    f"--publish puts all figures into one folder, but {first} and {entry['name']} "
+                    f"both have a figure {figure['name']}; give one another name"
+                )
     if target.is_dir() and any(target.iterdir()) and not (target / "manifest.json").is_file():
         raise ReportError(f"{target} holds no published figures (no manifest.json); move it away")
     part = target.with_name(f".part-{target.name}")

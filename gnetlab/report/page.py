@@ -35,7 +35,7 @@ import nbformat
 from markupsafe import Markup
 
 from gnetlab.report.manifest import write
-from gnetlab.report.plan import GOOD
+from gnetlab.report.plan import GOOD, title_of
 
 TITLE = "GoogLeNet, measured"
 BROWSERS = (
@@ -177,18 +177,13 @@ def write_notebook(executed: Path, index: Path | None = None) -> Path:
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(notebook)
     # A policy does not stop these: the page would go elsewhere, or look names up.
     body = re.sub(r"<(?=/?(?:meta|base|link)\b)", "&lt;", body, flags=re.IGNORECASE)
-    headings = (
-        re.search(r"^# (.+)$", cell.source, re.MULTILINE)
-        for cell in notebook.cells
-        if cell.cell_type == "markdown"
-    )
-    title = next((found[1] for found in headings if found), None)
+    title = title_of(notebook)
     page = (
         _templates()
         .get_template("notebook.html")
         .render(
             title=title or executed.stem,
-            titled=title is not None,
+            titled=bool(title),
             home=quote(Path(os.path.relpath(index, executed.parent)).as_posix()) if index else None,
             site=TITLE,
             body=Markup(body),

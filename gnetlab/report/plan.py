@@ -102,7 +102,8 @@ def find_notebooks(names: list[str]) -> list[Path]:
         if not names:
             return list(known.values())
         for name in rest:
-            found = [path for stem, path in known.items() if stem.startswith(name)]
+            begin = [path for stem, path in known.items() if stem.startswith(name)]
+            found = [known[name]] if name in known else begin
             paths += found
             if not found:
                 missing.append(f"{name} (known: {', '.join(known)})")
@@ -192,8 +193,6 @@ def _folder_name(stem: str, grid: Mapping[str, Any]) -> str:
 
 def _inspected(path: Path, common: Mapping[str, Any]) -> _Inspected | str:
     """What a notebook says of itself, or why it cannot be run."""
-    import papermill
-
     try:
         notebook = nbformat.read(path, as_version=4)
         kernel = notebook.metadata.get("kernelspec", {})
@@ -208,17 +207,12 @@ def _inspected(path: Path, common: Mapping[str, Any]) -> _Inspected | str:
                 f"{path.name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one. "
                 "In JupyterLab: the cell's property inspector, Cell tags"
             )
-        # papermill's word on what is a parameter; its types are guesses, so the default decides.
-        inferred = papermill.inspect_notebook(str(path))
-        defaults = {name: _literal(p["default"]) for name, p in inferred.items()}
-        headings = (
-            re.search(r"^# (.+)$", c.source, re.M)
-            for c in notebook.cells
-            if c.cell_type == "markdown"
-        )
-        title = next((found[1] for found in headings if found), path.stem)
+        defaults = _defaults(tagged[0].source)
+        title = title_of(notebook) or path.stem
         alone = bool(notebook.metadata.get("gnetlab", {}).get("alone"))
-    except Exception as error:  # nbformat and papermill raise many kinds
+    except SyntaxError as error:
+        return f"{path.name}: its parameters cell cannot be read as Python: {error}"
+    except Exception as error:  # nbformat raises many kinds
         return f"{path} is not a notebook: {str(error)[:200]}"
     lacking = [name for name in (*common, "output_dir") if name not in defaults]
     if lacking:
@@ -226,11 +220,36 @@ def _inspected(path: Path, common: Mapping[str, Any]) -> _Inspected | str:
     return _Inspected(defaults, title, len(notebook.cells), alone)
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return None  # an expression: any value fits
+def title_of(notebook: nbformat.NotebookNode) -> str:
+    """A notebook's first heading, "" if it has none; a comment in a fenced block is none."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"^(```|~~~).*?(^\1|\Z)", "", cell.source, flags=re.M | re.S)
+            if found := re.search(r"^# (.+)$", text, re.M):
+                return found[1]
+    return ""
+
+
+class _Expression(str):
+    """The source of a default that is no literal: any value fits."""
+
+
+def _defaults(source: str) -> dict[str, Any]:
+    """What the parameters cell assigns to names."""
+    defaults = {}
+    for statement in ast.parse(re.sub(r"^[%!].*", "", source, flags=re.M)).body:
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign) and statement.value:
+            targets = [statement.target]
+        else:
+            continue
+        try:
+            value = ast.literal_eval(statement.value)
+        except (ValueError, TypeError):
+            value = _Expression(ast.unparse(statement.value))
+        defaults |= {target.id: value for target in targets if isinstance(target, ast.Name)}
+    return defaults
 
 
 def split_values(text: str) -> list[str]:
@@ -263,18 +282,43 @@ def _absolute(text: str) -> str:
 
 
 def _typed(name: str, text: str, default: Any) -> Any:
-    if isinstance(default, str):
+    """The value that a text of the command line is, of its default's type."""
+    if isinstance(default, str) and not isinstance(default, _Expression):
         # Notebooks run in folders of their own: what is a file here must stay one there.
         return _absolute(text)
+    if type(default) in (int, float):  # YAML has other numbers: 1e-3 is a text there, and 010 is 8
+        try:
+            return type(default)(text)
+        except ValueError:
+            raise _wrong(name, text, default) from None
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if default is not None and type(value) is not type(default):
-        raise ReportError(
-            f"parameter {name} takes {type(default).__name__} (default {default!r}), "
-            f"but {text!r} was given{'; several values need --grid' if ',' in text else ''}"
-        )
+    if default is None or isinstance(default, _Expression):
+        if isinstance(value, str):
+            return float(value) if _EXPONENTIAL.fullmatch(value) else _absolute(value)
+        return value
+    if isinstance(default, tuple) and isinstance(value, str):
+        value = yaml.safe_load(f"[{text.strip().strip('()')}]")
+    # papermill makes texts of tuples, so a list is given for one
+    if type(value) is not (list if isinstance(default, tuple) else type(default)):
+        raise _wrong(name, text, default)
+    kinds = {type(inner) for inner in default} if isinstance(value, list) else set()
+    if kinds and kinds <= {int, float}:
+        try:
+            numbers = [float(inner) if isinstance(inner, str) else inner for inner in value]
+        except ValueError:
+            raise _wrong(name, text, default) from None
+        return [float(n) if type(n) is int and kinds == {float} else n for n in numbers]
     return value
+
+
+_EXPONENTIAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML wants a point and a sign
+
+
+def _wrong(name: str, text: str, default: Any) -> ReportError:
+    return ReportError(
+        f"parameter {name} takes {type(default).__name__} (default {default!r}), "
+        f"but {text!r} was given{'; several values need --grid' if ',' in text else ''}"
+    )

@@ -23,10 +23,11 @@ from typing import Any, Protocol
 
 from gnetlab.report import cache, machine, manifest, worker
 from gnetlab.report.claims import jsonable
-from gnetlab.report.executed import normalize, unfinished
+from gnetlab.report.executed import normalize, shortened, unfinished
 from gnetlab.report.plan import Job, ReportError
 
 Progress = Callable[[Job], None]
+_LONGEST_ERROR = 10_000  # characters; the notebook has more
 
 
 class ReportFailed(ReportError):
@@ -316,7 +317,7 @@ class _Run:
         executed = part / f"{job.notebook}.ipynb"
         if result is not None:
             job.peak_bytes = result["peak_bytes"]
-            job.error = result["error"] or unfinished(executed)
+            job.error = shortened(result["error"] or unfinished(executed), _LONGEST_ERROR)
             died = job.error.startswith("DeadKernelError")
             job.status = "died" if died else "failed" if job.error else "done"
         elif why:
@@ -327,10 +328,10 @@ class _Run:
         if job.status == "died":
             job.error += " (out of memory?)"
         if job.status == "done":
-            normalize(executed)
+            normalize(executed, job.source)
         else:
             try:
-                normalize(executed)
+                normalize(executed, job.source)
             except (OSError, ValueError):  # never saved, or cut off: the disk is full
                 shutil.rmtree(part)
                 part.mkdir()
