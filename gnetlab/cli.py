@@ -171,14 +171,10 @@ def report(
             manifest = runner.run(
                 jobs, output, command=shlex.join(["gnetlab", *sys.argv[1:]]), progress=progress,
                 timeout=timeout, force=force, place=place,
+                pages=lambda manifest: _write_pages(manifest, jobs, output),
                 workers=workers or machine.bearable_workers(device),
             )  # fmt: skip
-        for job in jobs:
-            executed = job.folder / f"{job.notebook}.ipynb" if job.folder else None
-            shown = job.status == "cached" and executed.with_suffix(".html").is_file()
-            if executed and not shown:
-                page.write_notebook(executed, output / "index.html")
-        index = page.write_index(manifest, output)
+        index = output / "index.html"
         console = Console(highlight=False, soft_wrap=True)
         _print_errors(jobs)
         console.print(f"Report: {escape(str(index))}")
@@ -234,6 +230,17 @@ def _parameters(given: list[str], grid: bool) -> dict[str, str | list[str]]:
             )
         parameters[name] = split_values(value) if grid else value
     return parameters
+
+
+def _write_pages(manifest: dict, jobs: list, output: Path) -> None:
+    from gnetlab.report import page
+
+    for job in jobs:
+        executed = job.folder / f"{job.notebook}.ipynb" if job.folder else None
+        shown = job.status == "cached" and executed.with_suffix(".html").is_file()
+        if executed and not shown:
+            page.write_notebook(executed, output / "index.html")
+    page.write_index(manifest, output)
 
 
 def _asked(name: str, option: str, parameters: dict[str, str | list[str]]) -> list[str]:

@@ -17,7 +17,7 @@ import gnetlab
 from gnetlab import cli
 from gnetlab.cli import _Progress, app
 from gnetlab.measure import bundled
-from gnetlab.report import page, plan, runner
+from gnetlab.report import plan, runner
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,7 +147,6 @@ def test_a_failed_notebook_is_named_with_its_whole_error(run, monkeypatch, tmp_p
         return {}
 
     monkeypatch.setattr(runner, "run", failing)
-    monkeypatch.setattr(page, "write_index", lambda *_: tmp_path / "index.html")
     result = run("report", "04", "--output", str(tmp_path))
     assert "04_sparse_vs_dense failed: ValueError: it does not fit:" in result.output
     assert "[bold]missing[/] 3" in result.output
@@ -219,7 +218,6 @@ def place(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bundled, "train_bundled", write)
     monkeypatch.setattr(runner, "run", done)
-    monkeypatch.setattr(page, "write_index", lambda _, output: output / "index.html")
     monkeypatch.setattr(cli, "_place", lambda *_: contextlib.nullcontext())
     return tmp_path
 

@@ -231,7 +231,6 @@ def test_a_pdf_that_cannot_be_made_leaves_the_report_a_success(monkeypatch, tmp_
         return {}
 
     monkeypatch.setattr(runner, "run", done)
-    monkeypatch.setattr(page, "write_index", lambda *_: tmp_path / "index.html")
     monkeypatch.setattr(page, "print_pdf", failing)
     command = ["report", "04", "--output", str(tmp_path), "--pdf"]
     result = CliRunner().invoke(app, command)

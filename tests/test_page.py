@@ -132,7 +132,8 @@ def test_the_index_says_what_when_and_where(report):
         "3 of 4 notebooks done", "1 of 4 notebooks not done",
         "04_broken failed : ValueError: wrong",
         "2026-01-02 03:04 UTC", "Fast CPU, 2 cores, 8.0 GB memory", "Big GPU (driver 550.1)",
-        "commit 0123456789 with changes", "torch 2.99", "4 verdicts: 1 supported, 1 depends",
+        "notebooks of commit 0123456789 with changes", "torch 2.99",
+        "4 verdicts: 1 supported, 1 depends",
         "took 4 min 10 s", "peak memory 2.1 GB", "timing: differs from run to run", "init = xavier",
         "cd" * 32, "second line",
     ):  # fmt: skip

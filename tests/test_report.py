@@ -427,6 +427,28 @@ def test_an_interrupt_cancels_the_rest_and_still_writes_the_manifest(tmp_path, m
     assert not list((tmp_path / "out").glob(".part-*"))
 
 
+def test_pages_are_written_before_another_report_may_be(tmp_path):
+    path, out, told = write(tmp_path / "n.ipynb", ""), tmp_path / "out", []
+
+    def pages(manifest):
+        told.append(manifest)
+        with pytest.raises(planning.ReportError, match="another report is being written"):
+            runner.run(plan([path]), out)
+
+    made = [runner.run(plan([path]), out, pages=pages) for _ in range(2)]  # done, then cached
+    assert told == made
+
+
+def test_the_last_report_s_pdf_goes_with_its_manifest(tmp_path):
+    path, out = write(tmp_path / "n.ipynb", ""), tmp_path / "out"
+    runner.run(plan([path]), out)
+    (out / "report.pdf").touch()
+    runner.run(plan([path]), out)
+    assert (out / "report.pdf").is_file()  # nothing has changed
+    runner.run(plan([path]), out, force=True)
+    assert not (out / "report.pdf").exists()
+
+
 def test_output_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     path = write(tmp_path / "n.ipynb", "")

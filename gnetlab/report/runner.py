@@ -92,6 +92,7 @@ def run(
     timeout: float | None = None,
     force: bool = False,
     place: Place | None = None,
+    pages: Callable[[dict[str, Any]], object] = lambda _manifest: None,
 ) -> dict[str, Any]:
     """Execute the jobs into `output`, so many at a time; a failed one does not stop the others.
 
@@ -99,6 +100,7 @@ def run(
     timeout   seconds that a notebook may take, whatever its cells do (None: no limit)
     force     run those whose results are here and still hold, too, and every run of a study
     place     where, if not on this machine (then it says how many workers there are)
+    pages     writes the report's pages from the manifest, before another run may write there
 
     Returns the manifest, which is also written to `output`/manifest.json. `progress` is called
     whenever a job changes. After a KeyboardInterrupt all processes of the notebooks are gone, the
@@ -135,11 +137,15 @@ def run(
             _Run(output, progress, place, timeout, force).all(queued)
         kept = manifest.kept(jobs, output)
         if kept:
+            pages(kept)
             return kept
         made = manifest.make(jobs, output, command, started, time.monotonic() - begun)
         text = json.dumps(jsonable(made, str), indent=1, ensure_ascii=False) + "\n"
         text = manifest.without_home(text)
         manifest.write(output / "manifest.json", text)
+        (output / "report.pdf").unlink(missing_ok=True)  # of the last manifest
+        pages(written := json.loads(text))
+        return written
     except OSError as error:
         raise ReportFailed(
             f"the report could not be written to {output}: {error}. Make room, or choose another "
@@ -147,7 +153,6 @@ def run(
         ) from error
     finally:
         lock.release()
-    return json.loads(text)
 
 
 def _now() -> datetime.datetime:
