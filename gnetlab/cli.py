@@ -524,7 +524,9 @@ def _write(table: pd.DataFrame, csv: Path | None, latex: Path | None) -> None:
     if csv:
         table.to_csv(csv, index=False)
     if latex:
-        latex.write_text(table.to_latex(index=False, escape=True, float_format="%.4g"))
+        from gnetlab.draw.figures import write_latex
+
+        write_latex(table, latex)
 
 
 def _print_frame(table: pd.DataFrame, totals: pd.DataFrame | None) -> None:

@@ -647,8 +647,7 @@ def save(
     frame.to_csv(paths["csv"], index=False)
     if latex:
         paths["tex"] = directory / f"{name}.tex"
-        rows = frame.to_latex(index=False, escape=True, float_format="%.4g", na_rep="--")
-        paths["tex"].write_text(f"% needs \\usepackage{{booktabs}}\n{rows}", encoding="utf-8")
+        write_latex(frame, paths["tex"])
     if call := getattr(figure, "call", None):
         paths["call.zip"] = directory / f"{name}{calls.SUFFIX}"
         calls.store(call._replace(timing=timing), paths["call.zip"])
@@ -686,6 +685,12 @@ def _numbered(svg: str) -> str:
         lambda found: order.setdefault(found[0], f"clip{len(order)}"),
         svg,
     )
+
+
+def write_latex(frame: pd.DataFrame, path: Path) -> None:
+    """Write a frame without its index as a LaTeX table, for the package booktabs."""
+    rows = frame.to_latex(index=False, escape=True, float_format="%.4g", na_rep="--")
+    path.write_text(f"% needs \\usepackage{{booktabs}}\n{rows}", encoding="utf-8")
 
 
 def data_summary(figure: Figure, longest: int = 600) -> str:
