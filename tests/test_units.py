@@ -109,6 +109,15 @@ def test_means_are_drawn_in_the_branches_colours_with_na_left_out(selectivity, v
     assert [text.get_text() for text in ax.texts if text.get_text() in BRANCHES]
 
 
+def test_what_random_weights_show_too_is_marked_by_an_open_dot(selectivity, verdicts):
+    tests = verdicts.assign(p_adjusted_random=[1.0] * 6 + [0.2, 1.0, 0.01])
+    dots = units.plot_selectivity(selectivity, tests, "colour").collections[-1]
+    assert dots.get_offsets()[:, 0].tolist() == [0, 2]
+    assert dots.get_facecolor()[:, :3].tolist() == [[0, 0, 0], [1, 1, 1]]
+    legend = units.selectivity_figure(selectivity, tests).legends[0]
+    assert legend.get_texts()[-1].get_text() == "with random weights too"
+
+
 def test_modules_that_differ_are_marked(selectivity, verdicts):
     for name, marked in (("orientation", [1, 2]), ("scale", []), ("colour", [0, 2])):
         ax = units.plot_selectivity(selectivity, verdicts, name)

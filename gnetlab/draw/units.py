@@ -40,7 +40,8 @@ def plot_selectivity(
     """Mean of every branch over the modules with its 95% interval, branches named at the right.
 
     Columns: `stage`, `branch`, and `value`, one row per channel; of `tests`: `stage`, `property`,
-    `p_adjusted`. A dot above a module: adjusted p under 0.05.
+    `p_adjusted`. A dot above a module: adjusted p under 0.05; open where `p_adjusted_random`, if
+    there is one, is so too: what the test finds in the same network with random weights.
     """
     ax = _axes(ax)
     stages = style.stage_order(list(selectivity.stage))
@@ -62,10 +63,17 @@ def plot_selectivity(
     low, top = ax.get_ylim()
     ax.set_ylim(low, top + 0.09 * (top - low))
     _label_ends(ax, ends, len(stages) - 0.4)
-    marked = tests[(tests.property == value) & (tests.p_adjusted < LEVEL)].stage
-    ax.scatter([stages.index(stage) for stage in marked], [0.965] * len(marked), s=9,
-               color="black", transform=ax.get_xaxis_transform())  # fmt: skip
+    marked = tests[(tests.property == value) & (tests.p_adjusted < LEVEL)]
+    anyway = _in_a_random_network(marked)
+    ax.scatter([stages.index(stage) for stage in marked.stage], [0.965] * len(marked), s=9,
+               facecolor=np.where(anyway, "white", "black"), edgecolor="black", linewidth=0.7,
+               transform=ax.get_xaxis_transform())  # fmt: skip
     return ax
+
+
+def _in_a_random_network(tests: pd.DataFrame) -> pd.Series:
+    known = tests.get("p_adjusted_random", pd.Series(np.nan, tests.index))
+    return known < LEVEL
 
 
 def _label_ends(ax: Axes, ends: dict[str, float], x: float) -> None:
@@ -166,9 +174,13 @@ def selectivity_figure(selectivity: pd.DataFrame, tests: pd.DataFrame) -> Figure
     axes = _panels(figure, 1, 3)[0]
     for ax, (name, (title, label)) in zip(axes, LABELS.items(), strict=True):
         plot_selectivity(selectivity, tests, name, ax=ax).set(title=title, ylabel=label)
-    handle = ax.scatter([], [], s=9, color="black")
-    text = f"branches of the module differ: permutation p < {LEVEL:g}, adjusted (Holm)"
-    _outer_legend(figure, [handle], [text], "upper right")
+    looks = {"s": 9, "edgecolor": "black", "linewidth": 0.7}
+    handles = [ax.scatter([], [], facecolor="black", **looks)]
+    texts = [f"branches of the module differ: permutation p < {LEVEL:g}, adjusted (Holm)"]
+    if _in_a_random_network(tests).any():
+        handles.append(ax.scatter([], [], facecolor="white", **looks))
+        texts.append("with random weights too")
+    _outer_legend(figure, handles, texts, "upper right", ncols=2)
     return figure
 
 
