@@ -749,7 +749,7 @@ class TestReproducible:
         printing = (
             "import sys, time",
             "for i in range(3):",
-            "    print('out', i, flush=True); print('err', i, file=sys.stderr, flush=True)",
+            "    print('err', i, file=sys.stderr, flush=True); print('out', i, flush=True)",
             "    time.sleep(0.3)",
             "display(1)",
             "print('last')",
