@@ -355,6 +355,20 @@ class TestFaults:
                 save()
             assert len(saved) == often
 
+    def test_a_notebook_ended_while_it_is_saved_keeps_what_was_saved_before(
+        self, tmp_path, monkeypatch
+    ):
+        from papermill.iorw import papermill_io
+
+        monkeypatch.setattr(papermill_io, "_handlers", list(papermill_io._handlers))
+        path = tmp_path / "n.ipynb"
+        worker._engine(str(path))
+        papermill_io.write("before", str(path))
+        monkeypatch.setattr(manifests.os, "replace", lambda *_paths: 1 / 0)  # killed half-way
+        with pytest.raises(ZeroDivisionError):
+            papermill_io.write("after", str(path))
+        assert path.read_text() == "before"
+
     def test_too_little_memory_is_a_failure_with_its_name(self, tmp_path):
         limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))"
         path = write(tmp_path / "n.ipynb", limit, "block = bytearray(2**34)")

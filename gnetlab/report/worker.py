@@ -198,7 +198,7 @@ def _execute(
             executed,
             parameters=parameters,
             kernel_name="python3",
-            engine_name=_engine(),
+            engine_name=_engine(executed),
             progress_bar=False,
             on_cell_start=on_cell,
             extra_arguments=["--log-level=ERROR"],  # of the kernel: it warns about its sockets
@@ -211,9 +211,19 @@ def _execute(
         time.sleep(3600)
 
 
-def _engine() -> str:
-    """papermill's own engine; only that it saves less often than twice per cell."""
+def _engine(executed: str) -> str:
+    """papermill's own engine; only that it saves whole files, and large ones less often.
+
+    When a notebook is ended, papermill may just be saving that its kernel has died.
+    """
     from papermill.engines import NBClientEngine, papermill_engines
+    from papermill.iorw import LocalHandler, papermill_io
+
+    from gnetlab.report import manifest
+
+    class Whole(LocalHandler):
+        def write(self, text: str, path: str) -> None:
+            manifest.write(Path(path), text)
 
     class Engine(NBClientEngine):
         @classmethod
@@ -221,6 +231,7 @@ def _engine() -> str:
             nb_man.save = _now_and_then(nb_man.save, nb_man.output_path)
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
+    papermill_io.register(executed, Whole())  # for all paths that begin so
     papermill_engines.register("gnetlab", Engine)
     return "gnetlab"
 
