@@ -266,6 +266,15 @@ def test_half_precision_is_attributed(images, method):
     assert all(np.isfinite(values).all() for values in found.values())
 
 
+@pytest.mark.parametrize("method", ["integrated_gradients", "occlusion"])
+def test_inference_mode_does_not_matter_to_pixels(method):
+    model, options = small().float(), {"method": method, "steps": 2, "window": 16}
+    with torch.inference_mode():
+        images = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+        found = image_attribution(model, images, 1, **options)
+    np.testing.assert_array_equal(found, image_attribution(model, images.clone(), 1, **options))
+
+
 @pytest.mark.parametrize("options", [{"steps": 0}, {"window": 0}, {"window": 49}])
 def test_steps_and_window_have_bounds(images, options):
     with pytest.raises(ValueError, match=r"steps=\d+, window=\d+ asked.* 1 to 48 px"):

@@ -57,6 +57,19 @@ def weights_of(model):
     }
 
 
+def test_inference_mode_does_not_matter(images):
+    expected = gradient_flow(small(**STILL), images, TARGETS)
+    model = small(**STILL)
+    with torch.inference_mode():
+        made_inside, targets = images + 0, TARGETS + 0
+        pd.testing.assert_frame_equal(gradient_flow(model, made_inside, targets), expected)
+
+
+def test_an_empty_batch_is_an_error(images):
+    with pytest.raises(ValueError, match="an empty batch was given"):
+        gradient_flow(small(), images[:0], TARGETS[:0])
+
+
 @NORMS
 @pytest.mark.parametrize("head_weight", [0.3, 1.7])
 def test_each_source_equals_autograd_on_its_own_forward_pass(images, norm, head_weight):

@@ -53,6 +53,16 @@ def roughness(image):
     return np.abs(np.diff(grey, axis=1)).mean(), np.abs(np.diff(grey, axis=0)).mean()
 
 
+def test_inference_mode_does_not_matter(planted):
+    options = {"steps": 2, "size": 16}
+    with torch.inference_mode():
+        found = visualize_channel(planted, "first", 1, **options)
+    assert found.frame.reached[0] > found.frame.start[0]
+    np.testing.assert_array_equal(
+        found.images, visualize_channel(planted, "first", 1, **options).images
+    )
+
+
 # --- what is found ----------------------------------------------------------------------------
 
 

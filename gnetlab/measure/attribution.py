@@ -228,7 +228,8 @@ def image_attribution(
         raise ValueError(
             f"steps={steps}, window={window} asked; give steps >= 1 and a window of 1 to {side} px"
         )
-    with in_mode(model, training=False):
+    with torch.inference_mode(False), in_mode(model, training=False):
+        images = images.clone()  # one of inference mode's takes no part in a backward pass
         labels = _labels(model, images, targets)
         with torch.no_grad():
             _logits(model, images, labels)

@@ -43,6 +43,8 @@ SOURCES = {
 
 def check_targets(targets: Tensor) -> None:
     """Raise ValueError for anything but class numbers, N, of a type that a loss can index by."""
+    if targets.numel() == 0:
+        raise ValueError("an empty batch was given, and the mean of no losses is none; give images")
     if targets.dtype not in (torch.int64, torch.uint8) or targets.dim() != 1:
         raise ValueError(
             f"targets of shape {tuple(targets.shape)} and {targets.dtype} were given; give one "
@@ -178,6 +180,7 @@ def _look(
     seen: dict[str, tuple[Tensor, int]] = {}
     weights, names = _weights(model), _output_names(model) if outputs else []
     with (
+        torch.inference_mode(False),
         _as_before(model, images.device),
         torch.enable_grad(),
         torch.autocast(images.device.type, enabled=False),
@@ -186,7 +189,8 @@ def _look(
             model, names, lambda n, _m, _i, output: seen.update({n: (output, output._version)})
         ),
     ):
-        losses = weighted_losses(model(images), targets, head_weight)
+        # Copies: what was made in inference mode takes no part in a backward pass.
+        losses = weighted_losses(model(images.clone()), targets.clone(), head_weight)
         for name, (output, version) in seen.items():
             if output._version != version:
                 raise RuntimeError(

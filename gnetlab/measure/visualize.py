@@ -111,7 +111,12 @@ def visualize_channel(
         raise ValueError(f"steps={steps}, size={size} asked; give steps >= 0 and size >= 1")
     channels = [channels] if isinstance(channels, int | np.integer) else list(channels)
     channels = [c.item() if isinstance(c, Tensor) else c for c in channels]
-    with torch.enable_grad(), in_mode(model, training=False), _out_of_place(model):
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        in_mode(model, training=False),
+        _out_of_place(model),
+    ):
         units = _units(model, name, channels, next(model.parameters()).new_zeros(1, 3, size, size))
 
         def excite(part: slice) -> tuple[Tensor, Tensor, Tensor]:
