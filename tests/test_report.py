@@ -167,6 +167,13 @@ def in_another_language(path):
     nbformat.write(notebook, path)
 
 
+def in_another_language_as_its_kernel_says(path):
+    notebook = nbformat.read(write(path, "x <- 1"), 4)
+    notebook.metadata["kernelspec"] = {"name": "ir", "display_name": "R"}
+    notebook.metadata["language_info"] = {"name": "R"}
+    nbformat.write(notebook, path)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -180,6 +187,7 @@ def in_another_language(path):
          "its parameters cell lacks profile, device, output_dir"),
         (without_a_kernel, "names no kernel; open it in JupyterLab and save it once"),
         (in_another_language, "is a notebook in R; only Python's can be run"),
+        (in_another_language_as_its_kernel_says, "is a notebook in R; only Python's can be run"),
     ],
 )  # fmt: skip
 def test_what_is_not_a_notebook_of_ours_is_said_and_the_others_run(make, message, tmp_path):

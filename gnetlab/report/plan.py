@@ -198,7 +198,8 @@ def _inspected(path: Path, common: Mapping[str, Any]) -> _Inspected | str:
         kernel = notebook.metadata.get("kernelspec", {})
         if not kernel.get("name"):
             return f"{path.name} names no kernel; open it in JupyterLab and save it once"
-        language = kernel.get("language", "python")
+        written_in = notebook.metadata.get("language_info", {}).get("name", "python")
+        language = kernel.get("language", written_in)
         if language != "python":
             return f"{path.name} is a notebook in {language}; only Python's can be run"
         tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
