@@ -572,9 +572,10 @@ def test_resolution_names_lines_at_their_ends_without_overlap():
     assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "--"]
     assert len(figures.scaling_figure(WIDTHS, RESOLUTIONS).axes) == 2
     stems = RESOLUTIONS.assign(network=RESOLUTIONS.network.str.replace("VGG-16", "stem"))
-    looks = {(line.get_color(), str(line._dash_pattern)) for line in
-             plots.plot_resolution(stems).lines}  # fmt: skip
-    assert len(looks) == 3
+    for table in (RESOLUTIONS, stems):
+        looks = {(line.get_color(), str(line._dash_pattern)) for line in
+                 plots.plot_resolution(table).lines}  # fmt: skip
+        assert len(looks) == 3
 
 
 def test_accuracy_front_is_what_nothing_beats():

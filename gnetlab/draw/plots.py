@@ -213,8 +213,8 @@ def plot_width(widths: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 def plot_resolution(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """Multiply-adds over image size, log axes, one line per network with its name at the end.
 
-    Columns: `network`, `side` (pixels), `macs` (count). VGG's lines are dashed; others of one
-    colour differ in their lines.
+    Columns: `network`, `side` (pixels), `macs` (count). VGG's lines are broken; those of one
+    colour differ.
     """
     ax = _axes(ax)
     ends = costs.groupby("network", sort=False).macs.last().sort_values()
@@ -222,15 +222,14 @@ def plot_resolution(costs: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     heights = np.log(ends.to_numpy() / 1e9)
     for i in range(1, len(heights)):  # names of lines that end together must not overlap
         heights[i] = max(heights[i], heights[i - 1] + 0.065 * (high - low))
-    lines = {
-        color: itertools.cycle(["-", style.LINES[3], style.LINES[2]]) for color in style.SERIES
-    }
+    whole, dashed, dotted, dash_dotted = style.LINES
+    lines = {color: itertools.cycle([whole, dash_dotted, dotted]) for color in style.SERIES}
+    lines[style.SERIES[1]] = itertools.cycle([dashed, dotted, dash_dotted])
     for i, name in enumerate(ends.index):
         rows = costs[costs.network == name]
-        is_vgg = name.startswith("VGG")
-        color = style.SERIES[1] if is_vgg else style.SERIES[0 if i < 2 else 2]
+        color = style.SERIES[1 if name.startswith("VGG") else 0 if i < 2 else 2]
         ax.plot(rows.side, rows.macs / 1e9, color=color, marker="o", markersize=2.5,
-                linestyle=(0, (4, 2)) if is_vgg else next(lines[color]))  # fmt: skip
+                linestyle=next(lines[color]))  # fmt: skip
         ax.annotate(name, (rows.side.iloc[-1] * 1.08, np.exp(heights[i])), fontsize=6.5,
                     color=color, va="center", annotation_clip=False)  # fmt: skip
     ax.set(xscale="log", yscale="log", xlabel="side of the image (pixels)",
