@@ -1,6 +1,7 @@
 """Predicted and measured times per layer."""
 
 import math
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import gnetlab as gl
+from gnetlab.measure import roofline as measured_rates
 from gnetlab.measure.costs import layer_costs
 from gnetlab.measure.layers import layer_times, shares, variant_times
 from gnetlab.measure.roofline import (
@@ -193,3 +195,16 @@ def test_a_cpu_is_calibrated_in_half_precision(dtype):
     assert found.dtype == str(dtype).removeprefix("torch.")
     assert 0 < found.normalizing < math.inf
     assert found.overheads["local_response_norm"] > 0
+
+
+@pytest.mark.parametrize(("takes", "calls"), [(0.125, 9), (0.375, 5), (2.0, 3)])
+def test_what_takes_long_is_measured_in_fewer_rounds(takes, calls, monkeypatch):
+    clock, made = [0.0], []
+    monkeypatch.setattr(measured_rates, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def run():
+        made.append(None)
+        clock[0] += takes if len(made) > 2 else 100  # until it is warm
+
+    assert measured_rates._seconds(run, torch.device("cpu")) == takes
+    assert len(made) == calls
