@@ -673,6 +673,73 @@ def test_a_model_that_cannot_run_raises_its_own_error():
         layer_costs(torchvision.models.vgg11(), (3, 16, 16))
 
 
+class Viewed(nn.Module):
+    """As tutorials have it: of how many pixels its images are stands in its forward."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.conv, self.fc, self.sizes = nn.Conv2d(1, 2, 3), nn.Linear(18, 4), sizes
+
+    def forward(self, x):
+        return self.fc(self.conv(x).view(self.sizes))
+
+
+@pytest.mark.parametrize("side", [4, 6])  # fewer and more pixels than its 5 x 5
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Viewed(-1, 18), "invalid for input of size"),
+        (Viewed(1, 18), "invalid for input of size"),
+        (nn.Sequential(nn.LayerNorm((1, 5, 5)), nn.Flatten()), "normalized_shape"),
+    ],
+    ids=["view", "reshape", "layer norm"],
+)
+def test_an_image_of_another_size_raises_what_the_model_raises(model, message, side):
+    assert layer_costs(model, (1, 5, 5)).macs.notna().all()
+    with pytest.raises(RuntimeError, match=message):
+        model(torch.zeros(1, 1, side, side))
+    with pytest.raises(RuntimeError, match=message):
+        layer_costs(model, (1, side, side))
+
+
+@pytest.mark.parametrize("layer", [nn.ReflectionPad2d(4), nn.CircularPad2d(4), nn.ZeroPad2d(-2)])
+def test_padding_that_an_image_is_too_small_for_is_an_error(layer):
+    layer_costs(nn.Sequential(layer), (1, 5, 5))
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(1, 1, 3, 3))
+    with pytest.raises(RuntimeError):
+        layer_costs(nn.Sequential(layer), (1, 3, 3))
+
+
+class Attending(nn.Module):
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kdim": 8, "vdim": 8}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str
+)
+def test_attention_in_another_form_is_not_counted_as_if_it_were_plain(options):
+    layer = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+    query = nn.Linear(8, 16) if "kdim" in options else nn.Identity()
+    model = Attending(
+        lambda m, x: m.layer(m.query(x), x, x, need_weights=False)[0], layer=layer, query=query
+    )
+    costs = layer_costs(model, (5, 8 if "kdim" in options else 16))
+    assert costs[costs.module == "layer"].macs.isna().all()
+
+
+def test_attention_of_one_query_on_several_batches_is_not_counted_as_one():
+    model = Attending(lambda _, x: F.scaled_dot_product_attention(x[:, :1], x, x))
+    assert layer_costs(model, (3, 4, 8)).macs.isna().any()
+
+
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [

@@ -103,15 +103,22 @@ def _matmul(x, y) -> Work:
     return Work(tuple(shape), math.prod(shape) * a[-1])
 
 
-def _attention(query, key, value, *_args, **_options) -> Work:
+def _attention(query, key, value, *_args, enable_gqa=False, **_options) -> Work:
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    require(alike or enable_gqa, "attention: batches that differ")
     shape = (*query.shape[:-1], value.shape[-1])
     scores = math.prod(query.shape[:-1]) * key.shape[-2]
     return Work(shape, scores * (query.shape[-1] + value.shape[-1]), elementwise=3 * scores)
 
 
-def _multi_head_attention(query, key, value, width, heads, *_args, need_weights=True, **_options):
+def _multi_head_attention(
+    query, key, value, width, heads, _weight, _bias, bias_k, _bias_v, add_zero_attn, *_args,
+    need_weights=True, **_options,
+):  # fmt: skip
     """Over sequences first (length x batch x width), without masks: three projections and one."""
     require(key is value and len(query.shape) == 3 and not need_weights, "attention: its form")
+    plain = bias_k is None and not add_zero_attn and key.shape[-1] == width
+    require(plain, "attention: keys of another width, or more of them")
     length, batch, _ = query.shape
     scores = batch * length * key.shape[0]
     projections = 2 * batch * width**2 * (length + key.shape[0])
@@ -119,10 +126,12 @@ def _multi_head_attention(query, key, value, width, heads, *_args, need_weights=
     return Work([tuple(query.shape), None], macs, 4 * length * batch * width, elementwise)
 
 
-def _pad(x, pad, *_args, **_options) -> Work:
-    sides = list(x.shape)
+def _pad(x, pad, mode="constant", *_args, **_options) -> Work:
+    sides, most = list(x.shape), {"reflect": -1, "circular": 0}.get(mode, math.inf)
     for i in range(len(pad) // 2):
+        require(max(pad[2 * i : 2 * i + 2]) <= sides[-1 - i] + most, "pad: more than there is")
         sides[-1 - i] += pad[2 * i] + pad[2 * i + 1]
+    require(min(sides) >= 0, "pad: less than nothing")
     return Work(tuple(sides))
 
 
@@ -130,6 +139,11 @@ def _batch_norm(x, running_mean=None, _variance=None, weight=None, *_args, **_op
     known = running_mean if weight is None else weight
     require(known is None or x.shape[1] == len(known), "batch_norm: shapes")
     return Work(x.shape, elementwise=2 * math.prod(x.shape))
+
+
+def _layer_norm(x, sides, *_args, **_options) -> Work:
+    require(tuple(x.shape[-len(sides) :]) == tuple(sides), "layer_norm: shapes")
+    return _per_element(7)(x)
 
 
 def _per_element(operations: int):
@@ -229,7 +243,8 @@ RULES = {
     **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
     "local_response_norm": _lrn,
     **dict.fromkeys(DROPOUTS, _dropout),
-    **dict.fromkeys(("layer_norm", "group_norm"), _per_element(7)),
+    "layer_norm": _layer_norm,
+    "group_norm": _per_element(7),
     **dict.fromkeys(("softmax", "log_softmax"), _per_element(3)),
     **dict.fromkeys(
         (
@@ -261,8 +276,10 @@ SYNONYMS = {
 def _reshaped(x, *shape) -> Shape:
     shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
     require(all(isinstance(s, int) for s in shape), "view: another type")
-    known = math.prod(s for s in shape if s != -1)
-    return tuple(math.prod(x.shape) // known if s == -1 else s for s in shape)
+    count, known = math.prod(x.shape), math.prod(s for s in shape if s != -1)
+    # Fewer or more elements are an error of the model at this size of image, not another shape.
+    require(known > 0 and (count % known == 0 if -1 in shape else count == known), "view: shapes")
+    return tuple(count // known if s == -1 else s for s in shape)
 
 
 def _flattened(x, start_dim=0, end_dim=-1) -> Shape:
