@@ -121,3 +121,5 @@ def test_labels_are_class_numbers(model, batches):
     images, labels = batches[0]
     with pytest.raises(ValueError, match=r"torch.float32 were given; .* targets.long\(\)"):
         branch_ablation(model, [(images, labels.float())])
+    frame, of_bytes = (branch_ablation(model, [(images, y)]) for y in (labels, labels.byte()))
+    assert of_bytes.equals(frame)

@@ -79,7 +79,7 @@ def branch_ablation(
 def _scores(logits: Tensor, labels: Tensor) -> Tensor:
     """Per image: whether the class is right (0 or 1), and its logit."""
     right = logits.argmax(1) == labels
-    scores = logits.gather(1, labels[:, None])[:, 0]
+    scores = logits.gather(1, labels[:, None].long())[:, 0]
     return torch.stack([float64(right), float64(scores)], dim=1)
 
 
