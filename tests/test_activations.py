@@ -213,6 +213,21 @@ def test_sums_over_many_batches_lose_no_small_batch():
     np.testing.assert_allclose(mean * count - 2.0**32, 64, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("bias", "changed"), [(float("nan"), BRANCHES[:1]), (-1.0, BRANCHES)], ids=["sick", "silent"]
+)
+def test_what_has_no_energy_to_share_out_has_no_share(bias, changed, batches):
+    model = small()
+    for branch in changed:
+        for norm in getattr(model.inception5b, branch).modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.zeros_(norm.weight)
+                nn.init.constant_(norm.bias, bias)
+    share = branch_summary(model, batches).set_index("stage").energy_share
+    assert share["5b"].isna().all()
+    assert share["5a"].sum() == pytest.approx(1)
+
+
 @pytest.fixture(scope="module")
 def branches(batches):
     return branch_summary(small(), batches)

@@ -144,7 +144,7 @@ def _statistics(sums: Mapping[str, _Sums]) -> pd.DataFrame:
     modules = frame.groupby(frame.module.str.rpartition(".")[0], sort=False)
     return frame.assign(
         concat_index=modules.cumcount(),
-        energy_share=frame.energy / modules.energy.transform("sum"),
+        energy_share=frame.energy / modules.energy.transform(_sum),
         channel_share=1 / modules.channel.transform("size"),
     )[
         [
@@ -152,6 +152,10 @@ def _statistics(sums: Mapping[str, _Sums]) -> pd.DataFrame:
             "zero_fraction", "energy", "energy_share", "channel_share",
         ]
     ]  # fmt: skip
+
+
+def _sum(values: pd.Series) -> float:
+    return values.sum(skipna=False)  # pandas' own sum of NaN is 0: a silent branch, not a sick one
 
 
 def _branch_frame(name: str, sums: _Sums) -> pd.DataFrame:
@@ -175,8 +179,9 @@ def branch_summary(model: nn.Module, batches: Tensor | Iterable[Tensor]) -> pd.D
     """What each branch puts out over `batches` (each N x C x H x W), one row per branch.
 
     Columns: `module`, `stage`, `branch`, `channels` (count), `energy_share`, `channel_share`
-    (both sum to 1 per stage), `energy_ratio` (the first over the second: 1 is an equal share per
-    channel), `zero_fraction` (mean over channels), `dead` (channels that are zero everywhere),
+    (both sum to 1 per stage; energy's is NA in a module that puts out NaN, or only zeros),
+    `energy_ratio` (the first over the second: 1 is an equal share per channel), `zero_fraction`
+    (mean over channels), `dead` (channels that are zero everywhere),
     `effective_rank` (how many channels of equal, uncorrelated strength would vary like these:
     the participation ratio tr(C)^2 / tr(C^2) of their covariance C over images and positions,
     corrected for the sample's size; NA where nothing varies, or the sample is too small to
@@ -225,7 +230,7 @@ def _per_branch(statistics: pd.DataFrame) -> pd.DataFrame:
     groups = statistics.groupby(["module", "stage", "branch"], sort=False)
     frame = groups.agg(
         channels=("channel", "size"),
-        energy_share=("energy_share", "sum"),
+        energy_share=("energy_share", _sum),
         channel_share=("channel_share", "sum"),
         zero_fraction=("zero_fraction", "mean"),
         dead=("energy", lambda energy: int((energy == 0).sum())),
