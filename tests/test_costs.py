@@ -597,11 +597,18 @@ TRAINABLE = {
     "resnet18": (lambda: torchvision.models.resnet18(), 64),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 64),
 }
+KEEPING = TRAINABLE | {
+    "convnext_tiny": (lambda: torchvision.models.convnext_tiny(stochastic_depth_prob=0.0), 64),
+    "vision transformer": (
+        lambda: torchvision.models.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=5), 32
+    ),
+    "cifar": (lambda: gl.googlenet("cifar", width=0.25), 32),  # its dropout drops nothing
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", KEEPING)
 def test_stored_activations_are_those_that_autograd_keeps(name):
-    make, side = TRAINABLE[name]
+    make, side = KEEPING[name]
     model = make().train()
     costs = layer_costs(model, (3, side, side), training=True)
     norms = costs.output_shape[costs.operation == "batch_norm"]
@@ -609,6 +616,50 @@ def test_stored_activations_are_those_that_autograd_keeps(name):
     stored = stored_by_autograd(model, torch.zeros(2, 3, side, side))
     assert 2 * costs.stored_bytes.sum() == stored - statistics
     assert costs.live_bytes.iloc[-1] >= costs.stored_bytes.sum()
+
+
+class Applied(nn.Module):
+    """A function or a layer, on what has a gradient."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.scale, self.function = nn.Parameter(torch.ones(1)), function
+
+    def forward(self, x):
+        return self.function(x + self.scale)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (nn.ConvTranspose1d(8, 4, 3), (8, 32)),
+        (nn.ConvTranspose2d(8, 4, 3), (8, 16, 12)),
+        (nn.MaxPool1d(2), (8, 32)),
+        (nn.MaxPool3d(2), (8, 8, 6, 4)),
+        (nn.AvgPool1d(2), (8, 32)),
+        (nn.AvgPool3d(2), (8, 8, 6, 4)),
+        (nn.AdaptiveAvgPool1d(4), (8, 32)),
+        (nn.AdaptiveAvgPool3d(1), (8, 8, 6, 4)),
+        (nn.AdaptiveMaxPool2d(4), (8, 16, 12)),
+        (nn.LayerNorm(12), (8, 16, 12)),
+        (nn.ELU(), (8, 16, 12)),
+        (nn.Softplus(), (8, 16, 12)),
+        (nn.Mish(), (8, 16, 12)),
+        (lambda x: x / (x + x), (8, 16)),
+        (lambda x: 2 * x, (8, 16)),
+        (lambda x: F.scaled_dot_product_attention(x, x + x, x), (2, 8, 16)),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).replace(" ", ""),
+)
+def test_a_layer_stores_what_autograd_keeps(function, shape):
+    model = Applied(function).train()
+    costs = layer_costs(model, shape, training=True)
+    assert costs.stored_bytes.sum() == stored_by_autograd(model, torch.rand(1, *shape))
+
+
+def test_instance_norm_stores_its_input():
+    costs = layer_costs(Applied(nn.InstanceNorm2d(4)), (4, 6, 5), training=True)
+    assert costs.stored_bytes.sum() == 4 * 4 * 6 * 5
 
 
 @pytest.mark.parametrize("name", [n for n in TRAINABLE if n != "mobilenet_v2"])

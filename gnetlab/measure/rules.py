@@ -107,8 +107,10 @@ def _attention(query, key, value, *_args, enable_gqa=False, **_options) -> Work:
     alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
     require(alike or enable_gqa, "attention: batches that differ")
     shape = (*query.shape[:-1], value.shape[-1])
-    scores = math.prod(query.shape[:-1]) * key.shape[-2]
-    return Work(shape, scores * (query.shape[-1] + value.shape[-1]), elementwise=3 * scores)
+    rows = math.prod(query.shape[:-1])  # of each the logarithm of the softmax's sum is kept
+    scores = rows * key.shape[-2]
+    macs = scores * (query.shape[-1] + value.shape[-1])
+    return Work(shape, macs, elementwise=3 * scores, kept=rows)
 
 
 def _multi_head_attention(
@@ -123,7 +125,10 @@ def _multi_head_attention(
     scores = batch * length * key.shape[0]
     projections = 2 * batch * width**2 * (length + key.shape[0])
     macs, elementwise = projections + 2 * scores * width, 3 * heads * scores
-    return Work([tuple(query.shape), None], macs, 4 * length * batch * width, elementwise)
+    # The projections, what comes out before the last one, and the softmax's sums.
+    kept = batch * (2 * width * (length + key.shape[0]) + heads * length)
+    biases = 4 * length * batch * width
+    return Work([tuple(query.shape), None], macs, biases, elementwise, kept=kept)
 
 
 def _pad(x, pad, mode="constant", *_args, **_options) -> Work:
@@ -143,7 +148,8 @@ def _batch_norm(x, running_mean=None, _variance=None, weight=None, *_args, **_op
 
 def _layer_norm(x, sides, *_args, **_options) -> Work:
     require(tuple(x.shape[-len(sides) :]) == tuple(sides), "layer_norm: shapes")
-    return _per_element(7)(x)
+    rows = math.prod(x.shape[: -len(sides)])  # whose means and deviations are kept
+    return Work(tuple(x.shape), elementwise=7 * math.prod(x.shape), kept=2 * rows)
 
 
 def _per_element(operations: int):
@@ -213,6 +219,11 @@ def _adaptive(x, output_size, return_indices=False) -> Work:
     return Work((*x.shape[:2], *sides), elementwise=math.prod(x.shape))
 
 
+def _adaptive_max(x, output_size, return_indices=False) -> Work:
+    work = _adaptive(x, output_size, return_indices)
+    return work._replace(index_bytes=8 * math.prod(work.shape))
+
+
 def _mean(x, dim=None, keepdim=False, **_options) -> Work:
     require(dim is not None, "mean: over everything")
     dims = {d % len(x.shape) for d in ((dim,) if isinstance(dim, int) else dim)}
@@ -257,11 +268,10 @@ RULES = {
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _max_pool),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _avg_pool),
     **dict.fromkeys(
-        (
-            "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-            "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-        ),
-        _adaptive,
+        ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _adaptive
+    ),
+    **dict.fromkeys(
+        ("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"), _adaptive_max
     ),
     "mean": _mean,
     "cat": _cat,
@@ -338,9 +348,16 @@ MORE_VIEWS = {
 }  # fmt: skip
 
 # What PyTorch's autograd keeps for the backward pass: the input, the output, or both.
+_OF_ANY_DIMENSION = (
+    "conv", "conv_transpose", "avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool",
+)  # fmt: skip
 SAVES_INPUT = {
-    "linear", "batch_norm", "relu6", "hardtanh", "leaky_relu", "silu", "gelu", "hardswish",
-    "hardsigmoid", "layer_norm", "group_norm", "matmul", "bmm", "mul", "avg_pool2d",
-    "max_pool2d", "adaptive_avg_pool2d", "local_response_norm", "conv1d", "conv2d", "conv3d",
+    "linear", "batch_norm", "instance_norm", "relu6", "hardtanh", "leaky_relu", "elu", "silu",
+    "gelu", "hardswish", "hardsigmoid", "softplus", "mish", "layer_norm", "group_norm", "matmul",
+    "bmm", "mul", "div", "local_response_norm", "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    *(f"{name}{sides}d" for name in _OF_ANY_DIMENSION for sides in (1, 2, 3)),
 }  # fmt: skip
-SAVES_OUTPUT = {"relu", "sigmoid", "tanh", "softmax", "log_softmax"}
+SAVES_OUTPUT = {
+    "relu", "sigmoid", "tanh", "softmax", "log_softmax", "scaled_dot_product_attention",
+}  # fmt: skip

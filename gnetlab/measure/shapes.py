@@ -263,7 +263,9 @@ class _Trace:
         values, weights = _split((*args, *kwargs.values()) if kwargs else args)
         rule = RULES.get(base)
         if rule is None or base in DROPOUTS:
-            idle = base in DROPOUTS and not kwargs.get("training", args[2:3] == (True,))
+            idle = base in DROPOUTS and not (
+                kwargs.get("training", args[2:3] == (True,)) and kwargs.get("p", 1) > 0
+            )
             if idle or base in VIEWS or (self.on_meta and base in MORE_VIEWS):
                 x = values[0]
                 if self.step is not None and not self.step.operation:
@@ -330,7 +332,7 @@ class _Trace:
             step.comparisons += work.comparisons
             step.output_bytes += work.index_bytes
             step.backward_macs += sum(operands[:2]) * work.macs
-        if learns:
+        if learns and (len(operands) > 1 or base not in ("mul", "div")):  # not by a number
             self.store(step, base, work, values, result, memory)
         if self.live > step.live_bytes:
             step.live_bytes = self.live
@@ -344,7 +346,7 @@ class _Trace:
     ) -> None:  # fmt: skip
         """Keep what autograd keeps for the backward pass; a memory that two need counts once."""
         kept = []
-        if name == "adaptive_avg_pool2d" and math.prod(result.shape[2:]) == 1:
+        if name.startswith("adaptive_avg_pool") and math.prod(result.shape[2:]) == 1:
             pass  # a mean, whose gradient needs no values
         elif name in SAVES_INPUT and overwritten is None:
             kept += [value.memory for value in values]
