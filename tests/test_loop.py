@@ -189,6 +189,11 @@ def test_it_is_adam_if_asked(options):
         ({"optimizer": "rmsprop"}, "optimizer='rmsprop' asked; choose one of sgd, adam"),
         ({"heads_until": -0.1}, "heads_until=-0.1 asked"),
         ({"heads_until": 1.01}, "heads_until=1.01 asked"),
+        ({"clip": -1.0}, "clip=-1.0 asked; give the largest norm of the gradient, more than 0"),
+        ({"clip": 0}, "clip=0 asked"),
+        ({"clip": math.nan}, "clip=nan asked"),
+        ({"steps": 0}, "steps=0 asked; give a number of steps from 1$"),
+        ({"gradients": GradientRecorder(small())}, "is of another model than the one to train"),
         ({"capture": True}, "capture=True asked, but the model is on cpu"),
         ({"test_every": 0}, "test_every=0 asked; give a number of steps from 1, or None"),
         ({"save_every": 0}, "save_every=0 asked; give a number of steps from 1"),
@@ -583,6 +588,11 @@ def test_evaluate_on_training_images(data, size):
     assert scores != evaluate(model, data(), split="train", batches=1)
 
 
+def test_evaluate_knows_two_splits():
+    with pytest.raises(ValueError, match="split='val' asked; choose 'test' or 'train'"):
+        evaluate(small(), Blobs(), split="val")
+
+
 @pytest.mark.parametrize("data", [Blobs, Few])
 def test_training_images_are_evaluated_beside_each_test(data):
     model = small()
@@ -682,8 +692,20 @@ def test_an_interrupted_recording_goes_on_as_if_it_never_was(tmp_path, stop_at, 
 def test_a_checkpoint_without_gradients_cannot_go_on_with_a_recorder(tmp_path):
     path, model = tmp_path / "run.pt", small()
     run(steps=2, checkpoint=path)
-    with pytest.raises(ValueError, match=r"cannot go on from .*run\.pt"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot go on from .*run\.pt: .* gradients_every=None, but gradients_every=20 asked",
+    ):
         run(model, steps=4, checkpoint=path, gradients=GradientRecorder(model))
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_a_recording_is_not_gone_on_with_by_another_recorder_or_none(tmp_path, every):
+    path, model = tmp_path / "run.pt", small()
+    run(model, steps=2, checkpoint=path, gradients=GradientRecorder(model, every=2))
+    recorder = every and GradientRecorder(model, every=every)
+    with pytest.raises(ValueError, match=f"gradients_every=2, but gradients_every={every} asked"):
+        run(model, steps=4, checkpoint=path, gradients=recorder)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_gradients():

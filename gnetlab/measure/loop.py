@@ -129,10 +129,11 @@ def train(
     [[2, 'main']]
     """
     device = next(model.parameters()).device
-    check_options(optimizer, heads_until)
+    check_options(optimizer, heads_until, clip)
+    _check_recorder(gradients, model)
     among = processes(device) if distributed else ALONE
     _check_batch(batch_size, among)
-    _check_every(test_every=test_every, save_every=save_every)
+    _check_every(steps=steps, test_every=test_every, save_every=save_every)
     _check_capture(capture, device, among)
     capture = (device.type == "cuda" and among.size == 1) if capture is None else capture
     if channels_last:
@@ -150,6 +151,7 @@ def train(
         # Adam has no momentum to differ in; weight decay may be a function.
         **{name: updates.param_groups[0].get(name) for name in ("momentum", "nesterov")},
         "weight_decay": [group["weight_decay"] for group in updates.param_groups],
+        "gradients_every": gradients.every if gradients else None,
     }  # fmt: skip
     # numpy's numbers as Python's: a file that holds them is not read again.
     settings = {k: v.item() if hasattr(v, "item") else v for k, v in settings.items()}
@@ -200,12 +202,24 @@ def train(
     return _frame(records, step_of.parts)
 
 
-def check_options(optimizer: str, heads_until: float) -> None:
+def check_options(optimizer: str, heads_until: float, clip: float | None) -> None:
     """Raise ValueError for what `train` does not take."""
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer={optimizer!r} asked; choose one of {', '.join(OPTIMIZERS)}")
     if not 0 <= heads_until <= 1:
         raise ValueError(f"heads_until={heads_until} asked; give a fraction of the steps, 0 to 1")
+    if clip is not None and not clip > 0:  # torch would turn the gradient round, or to 0
+        raise ValueError(
+            f"clip={clip} asked; give the largest norm of the gradient, more than 0, or None"
+        )
+
+
+def _check_recorder(gradients: GradientRecorder | None, model: nn.Module) -> None:
+    if gradients and gradients.model not in (model, getattr(model, "_orig_mod", None)):
+        raise ValueError(
+            "the recorder given as gradients= is of another model than the one to train; give "
+            "GradientRecorder(model)"
+        )
 
 
 def _check_batch(batch_size: int, among: Processes) -> None:
@@ -263,6 +277,8 @@ def evaluate(
         correct = (logits.argmax(1) == labels[rows]).sum()
         return torch.stack([loss, correct.to(loss)])
 
+    if split not in ("test", "train"):
+        raise ValueError(f"split={split!r} asked; choose 'test' or 'train'")
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     sums, count = torch.zeros(2, device=device), 0
     chosen = data.test_batches() if split == "test" else _training_batches(data, batches)

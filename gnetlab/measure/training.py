@@ -109,7 +109,7 @@ class Experiment:
         if isinstance(init, tuple):  # "gain 1" and "gain 1.0" are the same experiment
             object.__setattr__(self, "init", f"gain {init[1]:g}")
         check_name(self.data)
-        check_options(self.optimizer, self.heads_until)
+        check_options(self.optimizer, self.heads_until, self.clip)
         architecture(stem=self.stem, width=self.width, extra_modules=self.extra_modules)
 
     def network(self, classes: int, in_channels: int) -> GoogLeNet:
