@@ -236,6 +236,29 @@ def test_unknown_stage_lists_the_known():
         sparse_speed(naive(), ["2a"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stages": []}, "no stage asked; choose from 3a, 3b"),
+        ({"sparsities": [0.5, 1.5]}, r"sparsities=\[0.5, 1.5\] asked; give shares of zeros"),
+        ({"sparsities": [math.nan]}, r"sparsities=\[nan\] asked"),
+        ({"rounds": 0}, "rounds=0, .* asked; give at least 1 round"),
+        ({"batch_sizes": [1, 0]}, r"batch_sizes=\[1, 0\] asked; .* batch sizes of at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_speed(naive(), **({"stages": ["3a"]} | options))
+
+
+def test_nothing_but_zeros_is_a_form_too():
+    frame = sparse_speed(naive(), ["5a"], sparsities=[1.0], rounds=1)
+    assert frame[frame.zeros == "random"].macs.tolist() == [0, 0]
+    form = sparsity._Form("not zero", "random", 1.0, 0, lambda: torch.ones(1, 1, 2, 2))
+    with pytest.raises(RuntimeError, match="not zero at 100% zeros differs"):
+        sparsity._checked(form, torch.zeros(1, 1, 2, 2))
+
+
 def test_two_of_four_keeps_the_larger_two():
     matrix = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     pruned = two_of_four(matrix).view(-1, 4)

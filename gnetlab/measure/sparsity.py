@@ -196,10 +196,9 @@ def sparse_speed(
     >>> list(break_even(speed))  # from which share of zeros on CSR is faster, per case
     [('5a', 1)]
     """
+    _check_measured(stages := list(stages), sparsities, batch_sizes, rounds)
     device, frames = resolve_device(str(device), sparse=True), []
     for stage in stages:
-        if stage not in SIZES:
-            raise ValueError(f"stage {stage!r} asked; choose from {', '.join(SIZES)}")
         module = _filled(getattr(model, f"inception{stage}"), seed).to(device, torch.float32)
         dense, matrices = _weights(module, sparsities, seed)
         for batch_size in batch_sizes:
@@ -219,6 +218,22 @@ def sparse_speed(
         "form stage zeros sparsity dtype macs seconds iqr runs device threads batch_size ratio"
     )
     return frame.assign(device=device.type, threads=torch.get_num_threads())[columns.split()]
+
+
+def _check_measured(
+    stages: list[str], sparsities: Sequence[float], batch_sizes: Sequence[int], rounds: int
+) -> None:
+    unknown = [stage for stage in stages if stage not in SIZES]
+    if unknown or not stages:
+        asked = f"stage {unknown[0]!r}" if unknown else "no stage"
+        raise ValueError(f"{asked} asked; choose from {', '.join(SIZES)}")
+    if not all(0 <= share <= 1 for share in sparsities):
+        raise ValueError(f"sparsities={sparsities} asked; give shares of zeros, each from 0 to 1")
+    if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(
+            f"rounds={rounds}, batch_sizes={batch_sizes} asked; give at least 1 round, and batch "
+            "sizes of at least 1"
+        )
 
 
 def _weights(
@@ -328,7 +343,9 @@ def _checked(form: _Form, expected: Tensor) -> _Form:
     output, tolerance = form.call(), TOLERANCE[form.dtype]
     if output.dim() == 2:  # of a matrix product: O x N*H*W
         output = output.reshape(expected.transpose(0, 1).shape).transpose(0, 1)
-    difference = float((output - expected).abs().max() / expected.abs().max())
+    # Of 100% zeros every output is 0, and so must the difference be.
+    largest = float(expected.abs().max()) or 1.0
+    difference = float((output - expected).abs().max()) / largest
     if not difference <= tolerance:
         raise RuntimeError(
             f"{form.form} at {form.sparsity:.0%} zeros differs from the dense convolution by "
