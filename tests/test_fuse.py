@@ -256,6 +256,7 @@ def test_another_network_is_an_error(build):
         ("inception3a", nn.Identity()),
         ("inception3a.branch3x3", nn.Identity()),
         ("inception3a.branch3x3.reduce.relu", nn.GELU()),
+        ("inception3a.branch3x3.reduce.conv", nn.Conv2d(48, 24, 3, padding=1)),
         ("inception3a.branch_pool.proj.relu", nn.Sigmoid()),
         ("inception4b.branch5x5.more", nn.Identity()),
         ("more", nn.Identity()),
@@ -267,6 +268,19 @@ def test_a_replaced_part_is_an_error(where, part):
     model.get_submodule(parent).add_module(name, part)
     with pytest.raises(ValueError, match=r"which fuse\(\) does not know"):
         fuse(model)
+
+
+def test_grouped_convolutions_of_one_input_are_not_merged():
+    # Side by side they would fit, and each group read the channels of another.
+    model = ours()
+    branches = model.inception3a
+    for unit in (branches.branch1x1, branches.branch3x3[0], branches.branch5x5[0]):
+        inputs, outputs = unit.conv.in_channels, unit.conv.out_channels
+        unit.conv = nn.Conv2d(inputs, outputs, 1, groups=2)
+    with pytest.raises(ValueError, match=r"which fuse\(\) does not know"):
+        fuse(model)
+    x = images(model)
+    assert error(fuse(model, merge=False)(x), logits(model, x)) < 1e-5
 
 
 def test_another_classifier_is_kept():

@@ -175,6 +175,8 @@ def _unit(name: str, *units: nn.Module) -> nn.Sequential:
         known = all(type(part) is PARTS.get(kind) for kind, part in parts.items())
         if type(unit).__name__ not in UNITS or not known or (norm and norm.running_mean is None):
             raise _unknown(name, unit)
+        if len(units) > 1 and not _mixes_channels_only(unit.conv):
+            raise _unknown(name, unit)
         if "depthwise" in parts:
             steps["depthwise"] = _without_hooks(parts["depthwise"])
         conv = parts.get("pointwise", parts.get("conv"))
@@ -185,6 +187,12 @@ def _unit(name: str, *units: nn.Module) -> nn.Sequential:
     conv.weight, conv.bias = nn.Parameter(torch.cat(weights)), nn.Parameter(torch.cat(biases))
     conv.out_channels = len(conv.bias)
     return nn.Sequential(steps | {"conv": conv, "relu": nn.ReLU(inplace=True)})
+
+
+def _mixes_channels_only(conv: nn.Conv2d) -> bool:
+    """Whether this convolution can be put beside others that read the same input."""
+    found = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return found == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _unknown(name: str, found: nn.Module) -> ValueError:
