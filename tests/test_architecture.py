@@ -98,6 +98,8 @@ def test_unknown_preset_names_the_nearest_and_all_known(preset, hint):
         ("head_pool", "max", "'5x5/3', 'adaptive'"),
         ("pool4_size", 4, "2, 3"),
         ("heads", ("aux1", "aux3"), "'aux1', 'aux2'"),
+        ("reduce", "no", "True, False"),
+        ("conv_bias", None, "True, False"),
     ],
 )
 def test_bad_choice_says_what_was_asked_and_what_there_is(field, value, choices):
@@ -121,6 +123,8 @@ def test_bad_choice_says_what_was_asked_and_what_there_is(field, value, choices)
         ("width", float("nan")),
         ("extra_modules", -1),
         ("extra_modules", 1.0),
+        ("batch_norm_eps", -1e-3),
+        ("batch_norm_eps", float("nan")),
     ],
 )
 def test_number_out_of_range(field, value):
@@ -198,6 +202,11 @@ def test_heads_by_a_single_name_are_told_from_a_tuple_of_letters():
         ValueError, match=r"heads = 'aux1' asked; give a tuple of names, \('aux1',\)"
     ):
         architecture("paper", heads="aux1")
+
+
+def test_a_list_of_heads_is_the_same_architecture():
+    assert architecture("paper", heads=["aux1", "aux2"]) == PRESETS["paper"]
+    assert hash(architecture("paper", heads=["aux2"]))
 
 
 def test_an_unknown_preset_has_a_nearest():

@@ -151,10 +151,13 @@ class Architecture:
         _check_choice("head_pool", self.head_pool, ("5x5/3", "adaptive"))
         _check_choice("pool4_size", self.pool4_size, (2, 3))
         _check_choice("transform_input", self.transform_input, (False, True, "caffe"))
+        for field in ("reduce", "conv_bias"):  # "no" would count as yes
+            _check_choice(field, getattr(self, field), (True, False))
         if isinstance(self.heads, str):
             raise ValueError(
                 f"heads = {self.heads!r} asked; give a tuple of names, ({self.heads!r},)"
             )
+        object.__setattr__(self, "heads", tuple(self.heads))  # a list would be another architecture
         for head in self.heads:
             _check_choice("a head", head, tuple(HEAD_AFTER))
         if len(set(self.heads)) < len(self.heads):
@@ -169,6 +172,8 @@ class Architecture:
             )
         if not 0 < self.width <= 16:
             raise ValueError(f"width = {self.width!r} asked; give a multiplier in (0, 16]")
+        if not self.batch_norm_eps > 0:
+            raise ValueError(f"batch_norm_eps = {self.batch_norm_eps!r} asked; give more than 0")
         if self.transform_input and self.in_channels != 3:
             raise ValueError(
                 f"transform_input is defined for RGB, but in_channels = {self.in_channels}; "
