@@ -839,3 +839,8 @@ def test_sums_over_layers():
 def test_a_side_alone_is_no_input_size():
     with pytest.raises(ValueError, match=r"input_size=32 asked; .* \(3, 224, 224\)"):
         layer_costs(nn.Identity(), 32)
+
+
+def test_an_unknown_engine_is_an_error():
+    with pytest.raises(ValueError, match="engine='shape' asked; choose 'auto', 'shapes' or 'meta'"):
+        layer_costs(nn.Identity(), (3, 5, 4), engine="shape")

@@ -478,6 +478,8 @@ def forward_pass(
     engine   "shapes" (stand-ins; NotImplementedError at a function without a rule), "meta"
              (PyTorch's meta device), or "auto": shapes, else meta
     """
+    if engine not in ("auto", "shapes", "meta"):
+        raise ValueError(f"engine={engine!r} asked; choose 'auto', 'shapes' or 'meta'")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if engine != "meta":
         try:
