@@ -438,6 +438,13 @@ def test_opposite_batches_have_no_signal():
     assert found.noise_rms.tolist() == pytest.approx([math.sqrt(2 / 4)] * 2)
 
 
+def test_a_gradient_that_is_no_number_has_no_noise_of_zero():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    batches = [(torch.full((1, 2, 1, 1), value), torch.tensor([0])) for value in (1.0, math.nan)]
+    found = gradient_noise(model, batches)
+    assert found[["signal_rms", "noise_rms", "snr"]].isna().all(axis=None)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_noise_takes_two_batches(count):
     with pytest.raises(ValueError, match=f"{count} batches given; noise takes at least two"):

@@ -401,7 +401,7 @@ def gradient_noise(
         for source, summed in by_source.items():
             energy, of_sum = sum(energies[name, source]), float(summed.square().sum())
             signal = (of_sum - energy) / (count * (count - 1))
-            noise = max(0.0, (energy - of_sum / count) / (count - 1))
+            noise = max((energy - of_sum / count) / (count - 1), 0.0)  # in this order NaN stays
             rows.append(
                 {
                     "module": name, "stage": place[0], "branch": place[1], "kind": kind,
