@@ -288,10 +288,12 @@ class _Run:
 
     def look_at(self, slot: _Slot) -> None:
         job, handle = slot.job, slot.handle
-        why = handle.ended()  # asked before the last events are read
+        # Both asked before the events are read: what happened until then is among these, such as
+        # the cell in which it is late.
+        why, now = handle.ended(), time.monotonic()
         for event in handle.read():
             if slot.start is None:
-                slot.start, job.status = time.monotonic(), "running"
+                slot.start, job.status = now, "running"
                 self.progress(job)
             if "error" in event:
                 slot.result = event
@@ -299,7 +301,7 @@ class _Run:
                 job.cell = event["cell"]
                 self.progress(job)
         if slot.start is not None:
-            job.seconds = time.monotonic() - slot.start
+            job.seconds = now - slot.start
         late = self.timeout is not None and job.seconds > self.timeout
         if not (slot.result or why or late):
             return
