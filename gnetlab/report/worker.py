@@ -37,6 +37,7 @@ except ImportError:  # Windows
 
 MARK = "GNETLAB_NOTEBOOK"
 _LARGE = 1_000_000  # bytes of a notebook that is not saved twice per cell
+_PATIENCE = 600  # seconds for a kernel to start, and for a cell's last outputs to come
 LOG = "log.txt"  # beside a notebook that failed
 # Both must be there when Python starts, and matplotlib, in the process that is forked.
 _FROM_THE_START = {
@@ -201,6 +202,10 @@ def _execute(
             engine_name=_engine(executed),
             progress_bar=False,
             on_cell_start=on_cell,
+            # Far more than they take; on a busy machine the usual 60 and 4 s may not be enough,
+            # and after the latter outputs would be lost without a word.
+            start_timeout=_PATIENCE,
+            iopub_timeout=_PATIENCE,
             extra_arguments=["--log-level=ERROR"],  # of the kernel: it warns about its sockets
             **options,
         )
