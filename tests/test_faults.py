@@ -682,6 +682,13 @@ class TestKernels:
         run([path], tmp_path / "out")
         assert "forkserver" in (tmp_path / "out" / "n" / "n.ipynb").read_text()
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux only")
+    def test_a_forked_kernel_needs_no_port_that_another_may_take_first(self, tmp_path):
+        asks = "from ipykernel.connect import get_connection_info\nprint(get_connection_info())"
+        run([write(tmp_path / "n.ipynb", asks)], tmp_path / "out")
+        (output,) = nbformat.read(tmp_path / "out" / "n" / "n.ipynb", 4).cells[-1].outputs
+        assert json.loads(output.text)["transport"] == "ipc"
+
     def test_a_pool_that_is_left_open_is_nobody_s_concern(self, tmp_path):
         opens = (
             "import concurrent.futures as c, multiprocessing as m\n"

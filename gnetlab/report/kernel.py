@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import traceback
+import uuid
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -123,14 +124,26 @@ def _kernel(read: int) -> int:
     return 0
 
 
+def _is_ours(command: list[str]) -> bool:
+    """Not that of a user's own specification, which starts what it says."""
+    return command[0] == sys.executable and "ipykernel_launcher" in command
+
+
 def manager(kernel: Forked) -> type:
     """A kernel manager whose kernel is `kernel`."""
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
 
     class ForkedProvisioner(LocalProvisioner):
+        async def pre_launch(self, **options: Any) -> dict[str, Any]:
+            if _is_ours(self.parent.format_kernel_cmd()):
+                # A TCP port that is free when it is chosen may be another's when the kernel binds
+                # it. A name is nobody else's; with @ there is no file of it (Linux).
+                self.parent.transport, self.parent.ip = "ipc", f"@gnetlab-{uuid.uuid4()}"
+            return await super().pre_launch(**options)
+
         async def launch_kernel(self, cmd: list[str], **options: Any) -> dict[str, Any]:
-            if cmd[0] != sys.executable or "ipykernel_launcher" not in cmd:  # a user's own spec
+            if not _is_ours(cmd):
                 return await super().launch_kernel(cmd, **options)
             arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
             kernel.become(arguments, options["env"], options.get("cwd") or os.getcwd())
