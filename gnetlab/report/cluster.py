@@ -22,7 +22,9 @@ from typing import Any
 from gnetlab.report import task
 from gnetlab.report.plan import Job, ReportError, named_path
 
-PATIENCE = 10  # seconds for the cluster to answer, for a first worker to come, for what is late
+# Seconds for the cluster to answer, for a first worker to come, for what is late; as long as Dask's
+# own processes wait for each other.
+PATIENCE = 30
 LARGEST = 200_000_000  # bytes of a parameter's file that is sent along
 _ATTEMPTS = 3
 _KEY = "gnetlab-notebook"  # begins the keys of tasks
