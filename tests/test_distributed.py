@@ -117,7 +117,7 @@ def main(folder):
     torch.save(found | {"asked": data.asked}, folder / f"resumed-{rank}.pt")
 
 
-def torchrun(*arguments, seconds=150):
+def torchrun(*arguments, seconds=900):
     """Run this file in two processes that may be restarted once; nothing of it stays."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     agent = subprocess.Popen(

@@ -496,15 +496,17 @@ def test_images_that_changed_are_another_experiment(tmp_path):
 
 
 def test_runs_that_end_after_an_interrupt_are_kept(tmp_path, monkeypatch):
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
 
     def run(experiment, device="cpu"):  # noqa: ARG001
         if experiment.seed:
-            release.wait(20)
+            begun.set()
+            assert release.wait(300)
         return record(experiment)
 
     class Interrupted(queue.Queue):
         def get(self, *_):
+            assert begun.wait(300)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "run", run)
@@ -514,8 +516,7 @@ def test_runs_that_end_after_an_interrupt_are_kept(tmp_path, monkeypatch):
             study({"seed": [0, 1, 2]}, folder=tmp_path, device="cpu", executor=threads,
                   progress=False)  # fmt: skip
         release.set()
-    assert set(seeds_in(tmp_path)) in ({0, 1}, {0})  # what had begun, and not what had not
-    assert 2 not in seeds_in(tmp_path)
+    assert set(seeds_in(tmp_path)) == {0, 1}  # what had begun, and not what had not
 
 
 def test_generalization_keeps_the_order_of_the_runs():
@@ -603,7 +604,7 @@ def test_an_executor_gets_only_what_is_missing(tmp_path, executor, ran):
 
 def test_a_run_is_kept_when_it_is_done_though_an_earlier_one_goes_on(tmp_path, monkeypatch):
     def run(experiment, device="cpu"):  # noqa: ARG001
-        until = time.monotonic() + 40
+        until = time.monotonic() + 300
         while experiment.seed == 0 and not list(tmp_path.glob("*.jsonl")):
             assert time.monotonic() < until
             time.sleep(0.01)
