@@ -173,8 +173,8 @@ def run(command: list[str], seconds: float, each: Callable[[str], None]) -> int 
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
-    # A process that outlives it may hold its output open: reading must not wait for that one.
-    threading.Thread(target=lambda: [*map(lines.put, process.stdout)], daemon=True).start()
+    reader = threading.Thread(target=lambda: [*map(lines.put, process.stdout)], daemon=True)
+    reader.start()
     late = time.monotonic() + seconds
     try:
         while time.monotonic() < late:
@@ -186,6 +186,11 @@ def run(command: list[str], seconds: float, each: Callable[[str], None]) -> int 
         return None
     finally:
         _end(process)
+        # Its last lines may still be on their way; but a process that outlives it may hold its
+        # output open, and is not waited for.
+        reader.join(LEAST)
+        for _ in range(lines.qsize()):
+            each(lines.get().rstrip())
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -206,7 +211,7 @@ def take(step: Step, entry: dict[str, Any], seconds: float, save: Callable[[], N
         return
 
     def each(line: str) -> None:
-        if line.startswith('{"what"'):
+        if line.startswith('{"what"') and line.endswith("}"):  # not cut off
             entry["numbers"].append(json.loads(line))
             save()
             line = "{:74}{:>28}".format(*shown(entry["numbers"][-1]))
