@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from test_readme import own_port
 
 import gnetlab as gl
 from gnetlab.explorer import explore
@@ -30,7 +30,17 @@ CHROMIUM = os.environ.get("GNETLAB_CHROMIUM") or next(
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="needs Chromium on the path, or its path in GNETLAB_CHROMIUM"
 )
-SLOW = 150_000  # milliseconds: other tests may have the cores
+SLOW = 300_000  # milliseconds: other tests may have the cores
+# The quickest redraw of several (ms): on a busy machine other processes come between.
+REDRAW = """async (choice) => {
+  let least = Infinity;
+  for (let i = 0; i < 10; i++) {
+    await gnetlab.select({...choice, channel: choice.channel + 1});
+    await gnetlab.select(choice);
+    least = Math.min(least, gnetlab.lastRedraw);
+  }
+  return least;
+}"""
 SIDE, SHARED = 96, "width=0.1, aux=False, num_classes=10, norm='batch', init='kaiming', seed=0"
 
 
@@ -47,8 +57,8 @@ def truth(image):
 
 
 def shown(frame):
-    """What the explorer in `frame` has chosen, the map on its canvas, and its last redraw (ms)."""
-    return frame.evaluate("({...gnetlab.state, ...gnetlab.pixels(), ms: gnetlab.lastRedraw})")
+    """What the explorer in `frame` has chosen, and the map on its canvas."""
+    return frame.evaluate("({...gnetlab.state, ...gnetlab.pixels()})")
 
 
 def check(frame, maps, **expected):
@@ -77,7 +87,17 @@ def until(frame, condition):
 @pytest.fixture
 def browser():
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = started.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=SLOW
+        )
+        new_context = opened.new_context
+
+        def patient(**options):
+            context = new_context(**options)
+            context.set_default_timeout(SLOW)
+            return context
+
+        opened.new_context = patient
         yield opened
         opened.close()
 
@@ -153,8 +173,8 @@ def test_an_exported_page_without_a_network(browser, tmp_path):
     for stage in ("3a", "4c", "5b"):
         for channel in range(4):
             choice = {"picture": 0, "stage": stage, "branch": "1x1", "channel": channel}
-            frame.evaluate("choice => gnetlab.select({...choice, view: 'overlay'})", choice)
-            times.append(check(frame, maps, stage=stage, channel=channel)["ms"])
+            times.append(frame.evaluate(REDRAW, choice | {"view": "overlay"}))
+            check(frame, maps, stage=stage, channel=channel)
     assert statistics.median(times) < 16
     with pytest.raises(playwright.Error, match="no branch 9z 1x1; there are 3a 1x1"):
         frame.evaluate("gnetlab.select({stage: '9z'})")
@@ -282,10 +302,7 @@ def test_many_modules_and_long_classes_fit(opened, width):
 @pytest.fixture
 def lab(tmp_path):
     """The address of a JupyterLab over `tmp_path`, with settings of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = "explorer"
+    port, token = own_port(), "explorer"
     folders = {
         name: str(tmp_path / ".jupyter" / name)
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR",
@@ -314,7 +331,7 @@ def lab(tmp_path):
         yield f"{address}/lab/tree/look.ipynb?token={token}&reset"
     finally:
         server.terminate()  # it ends its kernels, too
-        server.wait(20)
+        server.wait(300)
 
 
 SOURCE = f"""import gnetlab as gl
@@ -326,7 +343,7 @@ explore(model, "cat", size={SIDE})"""
 def test_live_in_jupyterlab(browser, lab, tmp_path):
     bundle = explore(network(), "cat", size=SIDE)._repr_mimebundle_()
     notebook(tmp_path / "look.ipynb", SOURCE, bundle)
-    page = browser.new_page(viewport={"width": 1250, "height": 1100})
+    page = browser.new_context(viewport={"width": 1250, "height": 1100}).new_page()
     page.goto(lab, timeout=SLOW)
     still = page.locator(".jp-OutputArea img[alt^=cat]")
     still.wait_for(timeout=SLOW)  # opened, not run, so not trusted: the sheet, no frame
