@@ -82,7 +82,8 @@ def manifest(root, evil=""):
         "schema": 2, "command": f"gnetlab report{evil}", "started": "2026-01-02T03:04:05+00:00",
         "seconds": 61.0, "gnetlab": "0.1", "git": {"commit": "0123456789abcdef", "dirty": True},
         "python": "3.12", "packages": {"torch": "2.99", f"pkg{evil}": f"1{evil}"},
-        "system": {"os": f"Linux{evil}", "machine": "x86_64", "cpu": f"Fast CPU{evil}", "cores": 2,
+        "system": {"os": f"Linux{evil}", "machine": "x86_64", "cpu": f"Fast CPU{evil}",
+                   "vectors": f"avx2{evil}", "cores": 2,
                    "memory_bytes": 8e9, "gpus": [{"name": f"Big GPU{evil}", "driver": "550.1"}]},
         "notebooks": notebooks, "claims": claims,
     }  # fmt: skip
@@ -136,7 +137,8 @@ def test_the_index_says_what_when_and_where(report):
     for words in (
         "3 of 4 notebooks done", "1 of 4 notebooks not done",
         "04_broken failed : ValueError: wrong",
-        "2026-01-02 03:04 UTC", "Fast CPU, 2 cores, 8.0 GB memory", "Big GPU (driver 550.1)",
+        "2026-01-02 03:04 UTC", "Fast CPU with avx2, 2 cores, 8.0 GB memory",
+        "Big GPU (driver 550.1)",
         "notebooks of commit 0123456789 with changes", "torch 2.99",
         "4 verdicts: 1 supported, 1 depends",
         "took 4 min 10 s", "peak memory 2.1 GB", "timing: differs from run to run", "init = xavier",

@@ -387,6 +387,35 @@ def test_gpus_and_their_driver_stand_in_the_manifest(monkeypatch):
     machine.gpus.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "cpu", "vectors"),
+    [
+        ("model name\t: Fast CPU\nflags\t\t: avx avx2 avx512f\n\nflags\t: avx",
+         "Fast CPU", "avx512f"),
+        ("model name\t: Fast CPU\nflags\t\t: avx2 avx", "Fast CPU", "avx2"),
+        ("BogoMIPS\t: 50\nFeatures\t: fp asimd", None, "asimd"),
+        (None, None, ""),
+    ],
+)  # fmt: skip
+def test_cpus_of_one_name_differ_in_their_vector_instructions(
+    cpuinfo, cpu, vectors, tmp_path, monkeypatch
+):
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(machine, "Path", lambda _path: tmp_path / "cpuinfo")
+    system = machine.describe()
+    assert system["vectors"] == vectors
+    assert cpu in (system["cpu"], None)
+
+
+@pytest.mark.skipif(machine.platform.machine() != "x86_64", reason="PyTorch says it for x86 only")
+def test_the_vector_instructions_are_those_of_pytorch():
+    import torch
+
+    mine, theirs = machine.describe()["vectors"], torch.backends.cpu.get_cpu_capability()
+    assert {"avx512f": "AVX512", "avx2": "AVX2"}.get(mine, "DEFAULT") == theirs
+
+
 def test_executed_notebook_says_nothing_of_this_machine(report):
     out = report[0]
     notebook = nbformat.read(out / "good" / "good.ipynb", 4)

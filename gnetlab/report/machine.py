@@ -15,6 +15,8 @@ PACKAGES = (
     "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
     "papermill", "scikit-image",
 )  # fmt: skip
+# Of x86 CPUs and of ARM's, the best first: PyTorch's kernels and their last digits hang on them.
+_VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
 _GB_PER_NOTEBOOK = 4  # at the fast profile the largest process has 1.9, three of a study 1 each
 
 
@@ -61,6 +63,7 @@ def describe() -> dict[str, Any]:
         "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "machine": platform.machine(),
         "cpu": _cpu(),
+        "vectors": _vectors(),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [{"name": gpu["name"], "driver": gpu["driver"]} for gpu in gpus()],
@@ -68,12 +71,21 @@ def describe() -> dict[str, Any]:
 
 
 def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _vectors() -> str:
+    """The widest vector instructions, "" if unknown: CPUs of one name may differ in them."""
+    known = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    return next((name for name in _VECTORS if name in known), "")
+
+
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first CPU; "" elsewhere."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(errors="replace"), re.M)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.M)
+    return found[1] if found else ""
 
 
 def bearable_workers(device: str) -> int:
