@@ -203,6 +203,16 @@ class TestIncremental:
         picture.write_text("two")
         assert not before.items() & cache._inputs(parameters).items()
 
+    def test_what_is_removed_from_a_folder_while_it_is_listed_is_not_in_it(
+        self, tmp_path, monkeypatch
+    ):
+        (tmp_path / "a.jpg").touch()
+        walked = [(str(tmp_path), [], ["gone.jpg", "a.jpg"])]
+        monkeypatch.setattr(cache.os, "walk", lambda *_, **__: walked)
+        monkeypatch.setattr(cache.Path, "is_file", lambda _: True)  # as it was a moment ago
+        (line,) = cache._listing(tmp_path)
+        assert line.startswith("a.jpg 0 ")
+
     def test_class_folders_that_are_links_are_looked_into(self, tmp_path):
         data, real = tmp_path / "data", tmp_path / "real"
         data.mkdir()

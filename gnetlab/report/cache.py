@@ -9,11 +9,13 @@ packages, the devices, the threads it computes with, and the files that paramete
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,10 +156,11 @@ def _listing(folder: Path) -> list[str]:
         here, inner = Path(os.path.realpath(top)), [Path(top, name) for name in folders]
         # but for one that leads back to where it lies in
         folders[:] = [p.name for p in inner if not here.is_relative_to(os.path.realpath(p))]
-        files += [path for name in names if (path := Path(top, name)).is_file()]
-    files.sort()
-    stats = [(path, path.stat()) for path in files]
-    return [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
+        for path in (Path(top, name) for name in names):
+            with contextlib.suppress(OSError):  # a broken link, or removed meanwhile
+                files.append((path, path.stat()))
+    files = [(path, found) for path, found in files if stat.S_ISREG(found.st_mode)]
+    return [f"{p.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for p, s in sorted(files)]
 
 
 def _hashes(folder: Path, notebook: str) -> dict[str, str]:

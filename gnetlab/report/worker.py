@@ -148,9 +148,9 @@ def _sweep(mark: str, kernel_pid: int | None, worker_pid: int | None) -> None:
         if worker_pid:
             with contextlib.suppress(psutil.Error):
                 found = psutil.Process(worker_pid).children(recursive=True)
-        for process in psutil.process_iter():
+        for pid in psutil.pids():  # `process_iter` may take a new process for an old one
             with contextlib.suppress(psutil.Error):
-                if belongs(process):
+                if belongs(process := psutil.Process(pid)):
                     found.append(process)
         found = [p for p in found if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
         if not found:
