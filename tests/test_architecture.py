@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from gnetlab.net.architecture import (
@@ -182,6 +183,12 @@ def test_presets_are_frozen_and_know_their_names(preset):
 def test_an_architecture_can_stand_for_a_preset():
     small = PRESETS["cifar"].change(width=0.25)
     assert architecture(small, num_classes=7) == small.change(num_classes=7)
+
+
+def test_whole_numbers_may_be_numpys():
+    arch = Architecture(num_classes=np.int64(3), extra_modules=np.uint8(2))
+    assert arch == Architecture(num_classes=3, extra_modules=2)
+    assert type(arch.num_classes) is type(arch.extra_modules) is int
 
 
 def test_width_scales_channels_but_keeps_four():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 HEAD_AFTER = {"aux1": "4a", "aux2": "4d"}  # section 5: on top of the output of 4a and 4d
@@ -162,14 +163,13 @@ class Architecture:
             _check_choice("a head", head, tuple(HEAD_AFTER))
         if len(set(self.heads)) < len(self.heads):
             raise ValueError(f"heads = {self.heads!r} asked; name each head once")
-        for field in ("in_channels", "num_classes"):
+        for field, least in (("in_channels", 1), ("num_classes", 1), ("extra_modules", 0)):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} = {value!r} asked; give a whole number of at least 1")
-        if not isinstance(self.extra_modules, int) or self.extra_modules < 0:
-            raise ValueError(
-                f"extra_modules = {self.extra_modules!r} asked; give a whole number of at least 0"
-            )
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(
+                    f"{field} = {value!r} asked; give a whole number of at least {least}"
+                )
+            object.__setattr__(self, field, int(value))  # numpy's is not to be saved in a file
         if not 0 < self.width <= 16:
             raise ValueError(f"width = {self.width!r} asked; give a multiplier in (0, 16]")
         if not self.batch_norm_eps > 0:
