@@ -145,6 +145,7 @@ def report(
     """
     from gnetlab.report import worker  # noqa: F401, I001  (first: it makes the others quicker)
     from gnetlab.report import machine, page, plan, runner
+    from gnetlab.report.manifest import is_disturbed
     from gnetlab.report.manifest import publish as publish_figures
 
     for name in ("SIGTERM", "SIGHUP"):  # these end as Ctrl-C does
@@ -177,6 +178,12 @@ def report(
         index = output / "index.html"
         console = Console(highlight=False, soft_wrap=True)
         _print_errors(jobs)
+        for entry in filter(is_disturbed, manifest["notebooks"]):
+            console.print(
+                f"[yellow]{escape(entry['name'])}[/]: other processes took "
+                f"{entry['other_load']:.0%} of the cores, so do not rely on its times; run it "
+                "again when the machine is idle, with --force"
+            )
         console.print(f"Report: {escape(str(index))}")
         if pdf:
             try:

@@ -144,12 +144,23 @@ def test_wrong_usage_exits_with_2_and_says_what_to_try(arguments, message, run, 
 def test_a_failed_notebook_is_named_with_its_whole_error(run, monkeypatch, tmp_path):
     def failing(jobs, _output, **_options):
         jobs[0].status, jobs[0].error = "failed", "ValueError: it does not fit:\n[bold]missing[/] 3"
-        return {}
+        return {"notebooks": []}
 
     monkeypatch.setattr(runner, "run", failing)
     result = run("report", "04", "--output", str(tmp_path))
     assert "04_sparse_vs_dense failed: ValueError: it does not fit:" in result.output
     assert "[bold]missing[/] 3" in result.output
+
+
+def test_times_that_were_measured_on_a_busy_machine_are_named(run, monkeypatch, tmp_path):
+    entries = [
+        {"name": name, "other_load": 0.514, "figures": [{"timing": name == "04[x]"}]}
+        for name in ("03", "04[x]")
+    ]
+    monkeypatch.setattr(runner, "run", lambda *_, **__: {"notebooks": entries})
+    result = run("report", "04", "--output", str(tmp_path))
+    assert "04[x]: other processes took 51% of the cores, so do not rely on" in result.output
+    assert "03:" not in result.output
 
 
 def test_info_says_what_is_here(run):
@@ -214,7 +225,7 @@ def place(monkeypatch, tmp_path):
     def done(jobs, *_, **_options):
         for job in jobs:
             job.status = "done"
-        return {}
+        return {"notebooks": []}
 
     monkeypatch.setattr(bundled, "train_bundled", write)
     monkeypatch.setattr(runner, "run", done)

@@ -228,7 +228,7 @@ def test_a_pdf_that_cannot_be_made_leaves_the_report_a_success(monkeypatch, tmp_
 
     def done(jobs, _output, **_options):
         jobs[0].status = "done"
-        return {}
+        return {"notebooks": []}
 
     monkeypatch.setattr(runner, "run", done)
     monkeypatch.setattr(page, "print_pdf", failing)

@@ -665,6 +665,44 @@ def test_peak_memory_and_cores_are_known(tmp_path):
     assert machine.available_cores() <= os.cpu_count()
 
 
+class TestOtherLoad:
+    BURNS = "import time\nwhile time.process_time() < 1: pass\nprint('burnt', flush=True)"
+
+    def test_it_is_what_the_cores_worked_but_for_oneself(self, monkeypatch):
+        for name, values in {"_busy_seconds": (100, 107), "_own_seconds": (10, 13)}.items():
+            monkeypatch.setattr(machine, name, iter(values).__next__)
+        clock = iter((50, 60)).__next__
+        monkeypatch.setattr(machine, "time", SimpleNamespace(monotonic=clock))
+        monkeypatch.setattr(machine, "available_cores", lambda: 2)
+        assert machine.OtherLoad().share() == 0.2
+
+    def test_children_that_have_ended_and_those_alive_are_ones_own(self):
+        busy, own = machine._busy_seconds(), machine._own_seconds()
+        subprocess.run([sys.executable, "-c", self.BURNS], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-c", self.BURNS + "; time.sleep(600)"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as alive:
+            alive.stdout.readline()
+            own, busy = machine._own_seconds() - own, machine._busy_seconds() - busy
+            alive.kill()
+        assert own > 1.9
+        assert busy > 1.5  # counted in ticks
+
+    def test_it_stands_in_the_manifest_and_is_kept(self, tmp_path):
+        path, other = (write(tmp_path / f"{name}.ipynb", "1") for name in ("n", "other"))
+        first, again = (run(p, tmp_path / "out")["n"] for p in ([path], [path, other]))
+        assert again["status"] == "cached"
+        assert 0 <= first["other_load"] <= 1
+        assert again["other_load"] == first["other_load"]
+
+    @pytest.mark.parametrize(
+        ("other_load", "timing", "disturbed"),
+        [(0.5, True, True), (0.5, False, False), (0.05, True, False), (None, True, False)],
+    )
+    def test_only_times_are_disturbed(self, other_load, timing, disturbed):
+        entry = {"other_load": other_load, "figures": [{"timing": False}, {"timing": timing}]}
+        assert manifests.is_disturbed(entry) is disturbed
+
+
 class TestKernels:
     CELLS = (
         "import os, sys, torch, matplotlib, pandas",

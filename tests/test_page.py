@@ -61,6 +61,7 @@ def manifest(root, evil=""):
             "status": "failed" if broken else "done", "reason": f"a reason{evil}",
             "error": f"ValueError: wrong{evil}\nsecond line" if broken else "",
             "started": "2026-01-02T03:04:05+00:00", "seconds": 250.4, "peak_bytes": 2_100_000_000,
+            "other_load": 0.25 if name == RUNS[0] else 0.07,
             "parameters": {"seed": 1, f"text{evil}": f"long {'x' * 200}{evil}"}, "grid": grid,
             "facts": {f"device{evil}": f"CPU{evil}"}, "inputs": {f"model.py{evil}": "cd" * 32},
             "folder": folder,
@@ -142,7 +143,8 @@ def test_the_index_says_what_when_and_where(report):
         "notebooks of commit 0123456789 with changes", "torch 2.99",
         "4 verdicts: 1 supported, 1 depends",
         "took 4 min 10 s", "peak memory 2.1 GB", "timing: differs from run to run", "init = xavier",
-        "cd" * 32, "second line",
+        "cd" * 32, "second line", "other processes took 7% of the cores, started",
+        "Measured on a busy machine: other processes took 25% of the cores while 01_costs ran.",
     ):  # fmt: skip
         assert words in text, words
     assert text.index("not done") < text.index("What the paper claims")
@@ -154,7 +156,8 @@ def test_a_manifest_of_the_first_schema_is_shown(tmp_path):
         del old[key]
     old |= {"schema": 1, "platform": "Linux x86_64", "git": None}
     for entry in old["notebooks"]:
-        for key in ("notebook", "grid", "inputs", "started", "peak_bytes", "facts", "reason"):
+        for key in ("notebook", "grid", "inputs", "started", "peak_bytes", "other_load", "facts",
+                    "reason"):  # fmt: skip
             del entry[key]
         for drawn in entry["figures"]:
             del drawn["timing"]

@@ -50,13 +50,15 @@ def restore(job: Job, output: Path, force: bool, threads: str) -> None:
         job.reason, job.status, job.folder = "nothing changed", "cached", folder
         job.cell, job.seconds, job.facts = job.cells, record["seconds"], record["facts"]
         job.peak_bytes, job.started = record["peak_bytes"], record["started"]
+        job.other_load = record.get("other_load")
 
 
 def keep(job: Job, folder: Path) -> None:
     """Write what the result in `folder` depends on, and its files' hashes."""
     record = {
         "key": job.key, "started": job.started, "seconds": job.seconds, "facts": job.facts,
-        "peak_bytes": job.peak_bytes, "files": _hashes(folder, job.notebook),
+        "peak_bytes": job.peak_bytes, "other_load": job.other_load,
+        "files": _hashes(folder, job.notebook),
     }  # fmt: skip
     text = json.dumps(jsonable(record, str), indent=1) + "\n"
     (folder / RECORD).write_text(without_home(text), encoding="utf-8")

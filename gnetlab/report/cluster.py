@@ -199,7 +199,7 @@ class Remote:
                 task.unpack(packed, self._part)
             except (OSError, tarfile.TarError) as error:
                 text = f"its results could not be kept: {error}"
-                self._outcome["result"] = {"error": text, "peak_bytes": None}
+                self._outcome["result"] = {"error": text}
         result = self._outcome.pop("result", None)
         return [*found, result] if result else found
 
@@ -219,7 +219,7 @@ class Remote:
             self._outcome = self._attempts()
         except BaseException as error:  # of many kinds, when the scheduler is lost
             text = f"the cluster at {self._cluster.address} failed: {type(error).__name__}: {error}"
-            self._outcome = {"result": {"error": text, "peak_bytes": None}}
+            self._outcome = {"result": {"error": text}}
         self.say({})
 
     def _attempts(self) -> dict[str, Any]:

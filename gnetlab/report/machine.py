@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PACKAGES = (
     "torch", "torchvision", "jupyterlab", "matplotlib", "pandas", "numpy", "fvcore", "captum",
@@ -86,6 +93,49 @@ def _cpuinfo(field: str) -> str:
     text = info.read_text(errors="replace") if info.is_file() else ""
     found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.M)
     return found[1] if found else ""
+
+
+class OtherLoad:
+    """How much other processes take of the cores that this one may use, from now on.
+
+    `share()`  the mean since then, 0 to 1, without this process and its descendants; None where
+               the system does not tell what those took that have ended (Windows)
+    """
+
+    def __init__(self) -> None:
+        self.begun, self.busy, self.own = time.monotonic(), _busy_seconds(), _own_seconds()
+
+    def share(self) -> float | None:
+        if self.own is None:
+            return None
+        offered = available_cores() * (time.monotonic() - self.begun)
+        taken = _busy_seconds() - self.busy - (_own_seconds() - self.own)
+        return min(max(taken / offered, 0.0), 1.0) if offered > 0 else None
+
+
+def _busy_seconds() -> float:
+    """That the cores have worked, for anybody; a virtual machine's host counts too (steal)."""
+    import psutil
+
+    cores = psutil.cpu_times(percpu=True)
+    if hasattr(os, "sched_getaffinity"):
+        cores = [cores[i] for i in os.sched_getaffinity(0) if i < len(cores)]
+    kinds = ("user", "nice", "system", "irq", "softirq", "steal")
+    return sum(getattr(core, kind, 0.0) for core in cores for kind in kinds)
+
+
+def _own_seconds() -> float | None:
+    """That this process and its descendants, ended or alive, have worked."""
+    import psutil
+
+    if resource is None:
+        return None
+    ended = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in ended)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            seconds += sum(child.cpu_times()[:4])  # its own, and those of its ended children
+    return seconds
 
 
 def bearable_workers(device: str) -> int:

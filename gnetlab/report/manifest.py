@@ -2,6 +2,7 @@
 
 `make()`     the manifest of what was run; its schema is manifest.schema.json beside this file
 `kept()`     the last one, where nothing has changed
+`is_disturbed()`  whether times in it are not to be trusted
 `publish()`  copies the figures and the manifest of a complete report
 """
 
@@ -27,6 +28,7 @@ from gnetlab.report.plan import GOOD, Job, ReportError, notebooks_folder
 
 FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex", "call.zip")  # the last draws it again
 SCHEMA = 2
+BUSY = 0.1  # share of the cores; an idle machine's own processes took 0.00 to 0.02
 
 
 def make(
@@ -44,6 +46,7 @@ def make(
             "started": job.started,
             "seconds": round(job.seconds, 1),
             "peak_bytes": job.peak_bytes,
+            "other_load": job.other_load and round(job.other_load, 3),
             "parameters": {**job.parameters, **job.defaults},
             "grid": job.grid,
             "facts": job.facts,
@@ -105,6 +108,12 @@ def kept(jobs: list[Job], output: Path) -> dict[str, Any] | None:
     asked = [[job.name, True, {**job.parameters, **job.defaults}, job.started] for job in jobs]
     asked = json.loads(without_home(json.dumps(jsonable(asked, str))))
     return last if right and entries == asked else None
+
+
+def is_disturbed(entry: Mapping[str, Any]) -> bool:
+    """Whether a notebook measured times while others took more than `BUSY` of the cores."""
+    measures_times = any(figure.get("timing") for figure in entry.get("figures") or [])
+    return measures_times and (entry.get("other_load") or 0) > BUSY
 
 
 def figures_of(folder: Path) -> list[dict[str, Any]]:

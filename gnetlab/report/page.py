@@ -34,7 +34,7 @@ import jinja2
 import nbformat
 from markupsafe import Markup
 
-from gnetlab.report.manifest import write
+from gnetlab.report.manifest import is_disturbed, write
 from gnetlab.report.plan import GOOD, title_of
 
 TITLE = "GoogLeNet, measured"
@@ -152,6 +152,7 @@ def write_index(manifest: Mapping[str, Any], output: Path) -> Path:
             manifest=manifest,
             notebooks=notebooks,
             failed=[entry for entry in notebooks if entry["status"] not in GOOD],
+            disturbed=[entry for entry in notebooks if is_disturbed(entry)],
             claims=claims,
             verdicts=Counter(claim["verdict"] for claim in claims),
         )

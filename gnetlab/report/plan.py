@@ -42,6 +42,7 @@ class Job:
     parameters  set for this run; `defaults`: what the notebook has for the others
     grid        those of the parameters that differ between the runs of this notebook
     alone       it measures times, and nothing may run beside it: `metadata.gnetlab.alone`
+    other_load  share of the cores that other processes took meanwhile, 0 to 1
     expected    seconds that it took the last time
     key         what its result depends on: see `cache`
     """
@@ -62,6 +63,7 @@ class Job:
     inputs: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     peak_bytes: int | None = None
+    other_load: float | None = None
     alone: bool = False
     started: str | None = None
     expected: float | None = None

@@ -323,7 +323,7 @@ class _Run:
         job, part, result = slot.job, slot.part, slot.result
         executed = part / f"{job.notebook}.ipynb"
         if result is not None:
-            job.peak_bytes = result["peak_bytes"]
+            job.peak_bytes, job.other_load = result.get("peak_bytes"), result.get("other_load")
             job.error = shortened(result["error"] or unfinished(executed), _LONGEST_ERROR)
             died = job.error.startswith("DeadKernelError")
             job.status = "died" if died else "failed" if job.error else "done"

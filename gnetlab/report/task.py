@@ -66,7 +66,7 @@ def execute(key: str, topic: str, order: bytes) -> dict[str, Any] | None:
                 f"parameter {name}: worker {worker.address} has no {path}, and only single files "
                 "that are not large are sent along; copy it there, or to a disk that all share"
             )
-            return {"result": {"error": error, "peak_bytes": None}}
+            return {"result": {"error": error}}
     names = ("GNETLAB_CORES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     threads = dict.fromkeys(names, str(worker.state.nthreads))  # Dask's nanny has set 1
     work["environment"] |= {**threads, "GNETLAB_SCHEDULER": worker.scheduler.address}

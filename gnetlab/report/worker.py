@@ -189,6 +189,10 @@ def _execute(
     threading.Thread(target=_end_with_parent, args=end, daemon=True).start()
     import papermill
 
+    from gnetlab.report import machine
+
+    others = machine.OtherLoad()
+
     def on_cell(**event: Any) -> None:
         events.send({"cell": event["cell_index"] + 1})
 
@@ -211,7 +215,8 @@ def _execute(
         )
     except Exception as raised:  # whatever it is, it is the notebook's
         error = _cause(raised)
-    events.send({"error": error, "peak_bytes": _peak_of_children()})
+    found = {"peak_bytes": _peak_of_children(), "other_load": others.share()}
+    events.send({"error": error, **found})
     while True:  # until `Worker.end()`, as what the notebook left running is found through this
         time.sleep(3600)
 
