@@ -84,7 +84,7 @@ def manifest(root, evil=""):
         "seconds": 61.0, "gnetlab": "0.1", "git": {"commit": "0123456789abcdef", "dirty": True},
         "python": "3.12", "packages": {"torch": "2.99", f"pkg{evil}": f"1{evil}"},
         "system": {"os": f"Linux{evil}", "machine": "x86_64", "cpu": f"Fast CPU{evil}",
-                   "vectors": f"avx2{evil}", "cores": 2,
+                   "simd": f"avx2{evil}", "cores": 2,
                    "memory_bytes": 8e9, "gpus": [{"name": f"Big GPU{evil}", "driver": "550.1"}]},
         "notebooks": notebooks, "claims": claims,
     }  # fmt: skip

@@ -388,7 +388,7 @@ def test_gpus_and_their_driver_stand_in_the_manifest(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "cpu", "vectors"),
+    ("cpuinfo", "cpu", "simd"),
     [
         ("model name\t: Fast CPU\nflags\t\t: avx avx2 avx512f\n\nflags\t: avx",
          "Fast CPU", "avx512f"),
@@ -398,13 +398,13 @@ def test_gpus_and_their_driver_stand_in_the_manifest(monkeypatch):
     ],
 )  # fmt: skip
 def test_cpus_of_one_name_differ_in_their_vector_instructions(
-    cpuinfo, cpu, vectors, tmp_path, monkeypatch
+    cpuinfo, cpu, simd, tmp_path, monkeypatch
 ):
     if cpuinfo:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(machine, "Path", lambda _path: tmp_path / "cpuinfo")
     system = machine.describe()
-    assert system["vectors"] == vectors
+    assert system["simd"] == simd
     assert cpu in (system["cpu"], None)
 
 
@@ -412,7 +412,7 @@ def test_cpus_of_one_name_differ_in_their_vector_instructions(
 def test_the_vector_instructions_are_those_of_pytorch():
     import torch
 
-    mine, theirs = machine.describe()["vectors"], torch.backends.cpu.get_cpu_capability()
+    mine, theirs = machine.describe()["simd"], torch.backends.cpu.get_cpu_capability()
     assert {"avx512f": "AVX512", "avx2": "AVX2"}.get(mine, "DEFAULT") == theirs
 
 

@@ -23,7 +23,7 @@ PACKAGES = (
     "papermill", "scikit-image",
 )  # fmt: skip
 # Of x86 CPUs and of ARM's, the best first: PyTorch's kernels and their last digits hang on them.
-_VECTORS = ("avx512f", "avx2", "avx", "sve", "asimd")
+_SIMD = ("avx512f", "avx2", "avx", "sve", "asimd")
 _GB_PER_NOTEBOOK = 4  # at the fast profile the largest process has 1.9, three of a study 1 each
 
 
@@ -70,7 +70,7 @@ def describe() -> dict[str, Any]:
         "os": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         "machine": platform.machine(),
         "cpu": _cpu(),
-        "vectors": _vectors(),
+        "simd": _simd(),
         "cores": available_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [{"name": gpu["name"], "driver": gpu["driver"]} for gpu in gpus()],
@@ -81,10 +81,10 @@ def _cpu() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _vectors() -> str:
+def _simd() -> str:
     """The widest vector instructions, "" if unknown: CPUs of one name may differ in them."""
     known = (_cpuinfo("flags") or _cpuinfo("Features")).split()
-    return next((name for name in _VECTORS if name in known), "")
+    return next((name for name in _SIMD if name in known), "")
 
 
 def _cpuinfo(field: str) -> str:

@@ -28,7 +28,7 @@ from gnetlab.report.plan import GOOD, Job, ReportError, notebooks_folder
 
 FIGURE_FILES = ("png", "svg", "pdf", "csv", "tex", "call.zip")  # the last draws it again
 SCHEMA = 2
-BUSY = 0.1  # share of the cores; an idle machine's own processes took 0.00 to 0.02
+BUSY = 0.1  # share of the cores; those of an idle machine took 0.01
 
 
 def make(
